@@ -1,0 +1,46 @@
+# core and kernels: arithmetic on memory. No torch directory is on these include paths.
+add_library(redline_core INTERFACE)
+target_include_directories(redline_core INTERFACE ${PROJECT_SOURCE_DIR})
+target_compile_options(
+  redline_core INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Werror;-Wno-psabi>)
+
+# One file per op, alphabetical: redline/kernels/<op>.cpp and redline/kernels/cpu/<op>.cpp.
+set(REDLINE_OPS
+    norm)
+list(TRANSFORM REDLINE_OPS PREPEND redline/kernels/ OUTPUT_VARIABLE REDLINE_KERNEL_SOURCES)
+list(TRANSFORM REDLINE_KERNEL_SOURCES APPEND .cpp)
+list(TRANSFORM REDLINE_OPS PREPEND redline/kernels/cpu/ OUTPUT_VARIABLE REDLINE_CPU_SOURCES)
+list(TRANSFORM REDLINE_CPU_SOURCES APPEND .cpp)
+
+add_library(redline_kernels STATIC ${REDLINE_KERNEL_SOURCES} redline/kernels/cpu/isa.cpp)
+target_link_libraries(redline_kernels PUBLIC redline_core)
+
+# One object library per instruction set, all from the same sources. A host that is not x86 builds
+# the same code three times: the table keeps its three rows, and one of them is chosen.
+function(add_cpu_kernels isa)
+  add_library(cpu_${isa} OBJECT ${REDLINE_CPU_SOURCES})
+  target_link_libraries(cpu_${isa} PRIVATE redline_core)
+  target_compile_definitions(cpu_${isa} PRIVATE REDLINE_ISA=${isa})
+  # Contraction to fused multiply-add is part of the arithmetic: errno and traps are not.
+  target_compile_options(cpu_${isa} PRIVATE -O3 -ffp-contract=fast -fno-math-errno
+                                            -fno-trapping-math)
+  if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+    target_compile_options(cpu_${isa} PRIVATE ${ARGN})
+  endif()
+  target_sources(redline_kernels PRIVATE $<TARGET_OBJECTS:cpu_${isa}>)
+endfunction()
+add_cpu_kernels(baseline)
+add_cpu_kernels(avx2 -mavx2 -mfma -mf16c)
+add_cpu_kernels(avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c
+                -mprefer-vector-width=512
+                -Wno-maybe-uninitialized) # g++ 12 warns inside its own avx512fintrin.h
+
+if(REDLINE_WITH_CUDA)
+  list(TRANSFORM REDLINE_OPS PREPEND redline/kernels/cuda/ OUTPUT_VARIABLE REDLINE_CUDA_SOURCES)
+  list(TRANSFORM REDLINE_CUDA_SOURCES APPEND .cu)
+  target_sources(redline_kernels PRIVATE ${REDLINE_CUDA_SOURCES})
+  target_link_libraries(redline_kernels PUBLIC CUDA::cudart)
+  target_compile_options(
+    redline_kernels PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings;-lineinfo;
+                            --expt-relaxed-constexpr;-Xcompiler=-Wno-psabi>)
+endif()

@@ -1,0 +1,15 @@
+# What Python loads: the ops, with their derivatives and registrations. No Python binding inside.
+list(TRANSFORM REDLINE_OPS PREPEND redline/ops/ OUTPUT_VARIABLE REDLINE_OP_SOURCES)
+list(TRANSFORM REDLINE_OP_SOURCES APPEND .cpp)
+
+add_library(redline_ops SHARED ${REDLINE_OP_SOURCES} redline/ops/library.cpp redline/ops/run.cpp)
+target_link_libraries(redline_ops PUBLIC redline_core torch_wheel PRIVATE redline_kernels)
+target_compile_definitions(
+  redline_ops PRIVATE REDLINE_WITH_CUDA=$<BOOL:${REDLINE_OPS_CUDA}>
+                      REDLINE_VERSION="${REDLINE_VERSION}")
+# Torch's headers cost g++ 20 s: they are compiled once.
+target_precompile_headers(redline_ops PRIVATE redline/ops/torch.h)
+target_compile_options(redline_ops PRIVATE -g0)
+set_target_properties(redline_ops PROPERTIES LIBRARY_OUTPUT_DIRECTORY
+                                             ${PROJECT_SOURCE_DIR}/python/redline/lib)
+install(TARGETS redline_ops LIBRARY DESTINATION redline/lib)

@@ -1,0 +1,14 @@
+"""The operators: same names and arguments as in C++ (``redline::ops``).
+
+Each works on CPU and CUDA tensors, is differentiable, traces under ``torch.compile`` and
+``torch.export``, and gives the same bits on every run.
+"""
+
+from redline.ops.norm import layer_norm, residual_layer_norm, residual_rms_norm, rms_norm
+
+__all__ = [
+    "layer_norm",
+    "residual_layer_norm",
+    "residual_rms_norm",
+    "rms_norm",
+]

@@ -1,0 +1,78 @@
+"""RMSNorm and LayerNorm over the last axis, alone and with the residual added first."""
+
+import torch
+from torch import Tensor
+
+import redline._library  # noqa: F401  (registers the ops)
+
+_ops = torch.ops.redline
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    epsilon: float = 1e-5,
+    zero_centered: bool = False,
+    *,
+    row_count: Tensor | None = None,
+) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * weight (Zhang and Sennrich, 2019).
+
+    x: [..., cols]; weight: [cols], of x's dtype or float32, ``1 + weight`` with `zero_centered`.
+    row_count: one int64 on x's device; rows from it on give zeros. Returns x's shape and dtype.
+    Keeps x and one float32 per row for backward.
+
+    >>> rms_norm(torch.tensor([[3.0, 4.0]]), epsilon=0.0)
+    tensor([[0.8485, 1.1314]])
+    """
+    return _ops.rms_norm(x, weight, epsilon, zero_centered, row_count=row_count)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    epsilon: float = 1e-5,
+    zero_centered: bool = False,
+    *,
+    row_count: Tensor | None = None,
+) -> Tensor:
+    """(x - mean) / sqrt(var + epsilon) * weight + bias (Ba, Kiros and Hinton, 2016).
+
+    Shapes and options as in `rms_norm`; bias: [cols]. Keeps x and two float32 per row.
+    """
+    return _ops.layer_norm(x, weight, bias, epsilon, zero_centered, row_count=row_count)
+
+
+def residual_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    epsilon: float = 1e-5,
+    zero_centered: bool = False,
+    *,
+    row_count: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual) in one pass over memory.
+
+    residual: x's shape, any floating dtype; the sum has its dtype, y has x's. The sum is rounded
+    first and the rounded sum is normalised, so y has the bits of ``rms_norm(x + residual)``.
+    Keeps the sum and one float32 per row.
+    """
+    return _ops.residual_rms_norm(x, residual, weight, epsilon, zero_centered, row_count=row_count)
+
+
+def residual_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    epsilon: float = 1e-5,
+    zero_centered: bool = False,
+    *,
+    row_count: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(layer_norm(x + residual), x + residual) in one pass; as `residual_rms_norm`."""
+    return _ops.residual_layer_norm(
+        x, residual, weight, bias, epsilon, zero_centered, row_count=row_count
+    )

@@ -1,0 +1,279 @@
+// Forward: the row is read once from memory and again from L1/L2 for the output. Backward: two
+// passes over y_grad and x, the second out of cache; partial sums of the weight's gradient stay in
+// a [cols] row of the workspace.
+#include "redline/kernels/cpu/norm.h"
+
+#include "redline/kernels/cpu/block.h"
+
+namespace redline::cpu::REDLINE_ISA {
+namespace {
+
+int64_t counted_rows(const TensorView& row_count, int64_t rows) {
+  if (!row_count) return rows;
+  const int64_t count = *row_count.as<const int64_t>();
+  return count < rows ? (count > 0 ? count : 0) : rows;
+}
+
+void write_zeros(const TensorView& view, int64_t row) {
+  const int64_t bytes = element_bytes(view.dtype);
+  memset(static_cast<char*>(view.data) + row * view.strides[0] * bytes, 0,
+         static_cast<size_t>(view.sizes[1] * bytes));
+}
+
+// weight and bias of one block; 1 + weight when zero_centered; absent ones read as 1 and 0.
+template <typename Acc>
+struct Affine {
+  const TensorView& weight;
+  const TensorView& bias;
+  Vector<Acc> offset;  // 1 when zero_centered
+  Block<Acc> weight_block, bias_block;
+  const Acc* weights = nullptr;
+  const Acc* biases = nullptr;
+
+  Affine(const TensorView& weight, const TensorView& bias, bool zero_centered)
+      : weight(weight), bias(bias), offset(broadcast<Acc>(zero_centered ? 1 : 0)) {}
+
+  void read_block(int64_t col, int count) {
+    if (weight) weights = read<Acc>(weight.data, weight.dtype, col, count, weight_block);
+    if (bias) biases = read<Acc>(bias.data, bias.dtype, col, count, bias_block);
+  }
+  REDLINE_INLINE Vector<Acc> scale(int i, int n) const {
+    return weights ? load(weights + i, n) + offset : broadcast<Acc>(1);
+  }
+  REDLINE_INLINE Vector<Acc> shift(int i, int n) const {
+    return biases ? load(biases + i, n) : Vector<Acc>{};
+  }
+};
+
+// x + residual of one row, rounded to the residual's dtype, into `sum`.
+template <typename Acc>
+void add_row(const NormForward& args, int64_t row) {
+  Block<Acc> x_block, residual_block, sum_block;
+  const RowReader<Acc> x{args.x, row, x_block}, residual{args.residual, row, residual_block};
+  for_blocks(args.x.sizes[1], [&](int64_t col, int count) {
+    const Acc* a = x(col, count);
+    const Acc* b = residual(col, count);
+    const int64_t offset = row * args.sum.strides[0] + col;
+    Acc* out = begin_write(args.sum.data, args.sum.dtype, offset, sum_block);
+    for_vectors<Acc>(count,
+                     [&](int i, int n) { store(out + i, load(a + i, n) + load(b + i, n), n); });
+    finish_write(args.sum.data, args.sum.dtype, offset, count, sum_block);
+  });
+}
+
+// Zero in the lanes past n, whatever the vector holds there.
+template <typename Acc>
+REDLINE_INLINE Vector<Acc> first(Vector<Acc> v, int n) {
+  for (int i = n; i < lanes<Acc>; ++i) v[i] = 0;
+  return v;
+}
+
+template <typename Acc>
+struct Statistics {
+  Acc mean, inverse_std;
+};
+
+// Two passes for layer: the sum of (x - mean)^2 loses nothing to cancellation.
+template <typename Acc>
+Statistics<Acc> row_statistics(const RowReader<Acc>& x, int64_t cols, Norm norm, double epsilon) {
+  Acc mean = 0;
+  if (norm == Norm::layer) {
+    for_blocks(cols, [&](int64_t col, int count) {
+      const Acc* values = x(col, count);
+      mean += sum<Acc>(count, [&](int i, int n) { return load(values + i, n); });
+    });
+    mean /= static_cast<Acc>(cols);
+  }
+  Acc squares = 0;
+  for_blocks(cols, [&](int64_t col, int count) {
+    const Acc* values = x(col, count);
+    squares += sum<Acc>(count, [&](int i, int n) {
+      const Vector<Acc> centered = first<Acc>(load(values + i, n) - mean, n);
+      return centered * centered;
+    });
+  });
+  const Acc variance = squares / static_cast<Acc>(cols);
+  return {mean, 1 / static_cast<Acc>(sqrt(variance + static_cast<Acc>(epsilon)))};
+}
+
+template <typename Acc>
+void forward_rows(const NormForward& args, Range rows) {
+  const int64_t cols = args.x.sizes[1];
+  const int64_t counted = counted_rows(args.row_count, args.x.sizes[0]);
+  const TensorView& source = args.residual ? args.sum : args.x;
+  Affine<Acc> affine(args.weight, args.bias, args.zero_centered);
+  Block<Acc> x_block, y_block;
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    if (row >= counted) {
+      write_zeros(args.y, row);
+      if (args.residual) write_zeros(args.sum, row);
+      args.inverse_std.as<Acc>()[row] = 0;
+      if (args.mean) args.mean.as<Acc>()[row] = 0;
+      continue;
+    }
+    if (args.residual) add_row<Acc>(args, row);
+    const RowReader<Acc> x{source, row, x_block};
+    const Statistics<Acc> found = row_statistics<Acc>(x, cols, args.norm, args.epsilon);
+    args.inverse_std.as<Acc>()[row] = found.inverse_std;
+    if (args.mean) args.mean.as<Acc>()[row] = found.mean;
+    for_blocks(cols, [&](int64_t col, int count) {
+      const Acc* values = x(col, count);
+      affine.read_block(col, count);
+      const int64_t offset = row * args.y.strides[0] + col;
+      Acc* out = begin_write(args.y.data, args.y.dtype, offset, y_block);
+      for_vectors<Acc>(count, [&](int i, int n) {
+        const Vector<Acc> normalized = (load(values + i, n) - found.mean) * found.inverse_std;
+        store(out + i, normalized * affine.scale(i, n) + affine.shift(i, n), n);
+      });
+      finish_write(args.y.data, args.y.dtype, offset, count, y_block);
+    });
+  }
+}
+
+// One row of backward: reads what it needs, block by block.
+template <typename Acc>
+struct BackwardRow {
+  const NormBackward& args;
+  int64_t row;
+  Affine<Acc>& affine;
+  Block<Acc> x_block, y_grad_block, sum_grad_block, x_grad_block;
+  const Acc* x = nullptr;
+  const Acc* y_grad = nullptr;
+
+  void read_block(int64_t col, int count) {
+    x = RowReader<Acc>{args.x, row, x_block}(col, count);
+    y_grad = RowReader<Acc>{args.y_grad, row, y_grad_block}(col, count);
+    affine.read_block(col, count);
+  }
+};
+
+// mean(g) and mean(g * xh) of the row; the partial sums of the columns on the way.
+template <typename Acc>
+struct RowMeans {
+  Acc gradient = 0, product = 0;
+};
+
+template <typename Acc>
+RowMeans<Acc> accumulate_row(BackwardRow<Acc>& at, Acc mean, Acc inverse_std, Acc* weight_sums,
+                             Acc* bias_sums) {
+  RowMeans<Acc> means;
+  const int64_t cols = at.args.x.sizes[1];
+  for_blocks(cols, [&](int64_t col, int count) {
+    at.read_block(col, count);
+    means.gradient += sum<Acc>(count, [&](int i, int n) {
+      return first<Acc>(load(at.y_grad + i, n) * at.affine.scale(i, n), n);
+    });
+    means.product += sum<Acc>(count, [&](int i, int n) {
+      const Vector<Acc> gradient = load(at.y_grad + i, n);
+      const Vector<Acc> normalized = (load(at.x + i, n) - mean) * inverse_std;
+      if (weight_sums) {
+        Acc* sums = weight_sums + col + i;
+        store(sums, load(sums, n) + gradient * normalized, n);
+      }
+      if (bias_sums) store(bias_sums + col + i, load(bias_sums + col + i, n) + gradient, n);
+      return first<Acc>(gradient * at.affine.scale(i, n) * normalized, n);
+    });
+  });
+  means.gradient /= static_cast<Acc>(cols);
+  means.product /= static_cast<Acc>(cols);
+  return means;
+}
+
+template <typename Acc>
+void write_x_grad(BackwardRow<Acc>& at, RowMeans<Acc> means, Acc mean, Acc inverse_std) {
+  const NormBackward& args = at.args;
+  const Acc gradient_mean = args.norm == Norm::layer ? means.gradient : 0;
+  for_blocks(args.x.sizes[1], [&](int64_t col, int count) {
+    at.read_block(col, count);
+    const Acc* sum_grad = args.sum_grad
+                              ? RowReader<Acc>{args.sum_grad, at.row, at.sum_grad_block}(col, count)
+                              : nullptr;
+    const int64_t offset = at.row * args.x_grad.strides[0] + col;
+    Acc* out = begin_write(args.x_grad.data, args.x_grad.dtype, offset, at.x_grad_block);
+    for_vectors<Acc>(count, [&](int i, int n) {
+      const Vector<Acc> g = load(at.y_grad + i, n) * at.affine.scale(i, n);
+      const Vector<Acc> normalized = (load(at.x + i, n) - mean) * inverse_std;
+      Vector<Acc> result = inverse_std * (g - normalized * means.product - gradient_mean);
+      if (sum_grad) result += load(sum_grad + i, n);
+      store(out + i, result, n);
+    });
+    finish_write(args.x_grad.data, args.x_grad.dtype, offset, count, at.x_grad_block);
+  });
+}
+
+template <typename Acc>
+Acc* partial_row(const TensorView& partial, int64_t chunk) {
+  if (!partial) return nullptr;
+  Acc* sums = partial.as<Acc>() + chunk * partial.strides[0];
+  memset(sums, 0, static_cast<size_t>(partial.sizes[1]) * sizeof(Acc));
+  return sums;
+}
+
+template <typename Acc>
+void backward_rows(const NormBackward& args, int64_t chunk, Range rows) {
+  const int64_t counted = counted_rows(args.row_count, args.x.sizes[0]);
+  const TensorView no_bias;
+  Affine<Acc> affine(args.weight, no_bias, args.zero_centered);
+  Acc* weight_sums = partial_row<Acc>(args.weight_partial, chunk);
+  Acc* bias_sums = partial_row<Acc>(args.bias_partial, chunk);
+  BackwardRow<Acc> at{args, 0, affine, {}, {}, {}, {}};
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    if (row >= counted) {
+      write_zeros(args.x_grad, row);
+      continue;
+    }
+    at.row = row;
+    const Acc inverse_std = args.inverse_std.as<const Acc>()[row];
+    const Acc mean = args.mean ? args.mean.as<const Acc>()[row] : 0;
+    const RowMeans<Acc> means = accumulate_row(at, mean, inverse_std, weight_sums, bias_sums);
+    write_x_grad(at, means, mean, inverse_std);
+  }
+}
+
+// Adds the chunks in index order and rounds once.
+template <typename Acc>
+void finish_cols(const TensorView& partial, const TensorView& grad, Range cols) {
+  Block<Acc> block;
+  Acc sums[block_size];
+  for (int64_t col = cols.begin; col < cols.end; col += block_size) {
+    const int count = static_cast<int>(cols.end - col < block_size ? cols.end - col : block_size);
+    memset(sums, 0, sizeof(sums));
+    for (int64_t chunk = 0; chunk < partial.sizes[0]; ++chunk) {
+      const Acc* from = partial.as<const Acc>() + chunk * partial.strides[0] + col;
+      for_vectors<Acc>(
+          count, [&](int i, int n) { store(sums + i, load(sums + i, n) + load(from + i, n), n); });
+    }
+    Acc* out = begin_write(grad.data, grad.dtype, col, block);
+    memcpy(out, sums, static_cast<size_t>(count) * sizeof(Acc));
+    finish_write(grad.data, grad.dtype, col, count, block);
+  }
+}
+
+void forward(const NormForward& args, Range rows) {
+  if (args.x.dtype == DType::float64) {
+    forward_rows<double>(args, rows);
+  } else {
+    forward_rows<float>(args, rows);
+  }
+}
+
+void backward(const NormBackward& args, int64_t chunk, Range rows) {
+  if (args.x.dtype == DType::float64) {
+    backward_rows<double>(args, chunk, rows);
+  } else {
+    backward_rows<float>(args, chunk, rows);
+  }
+}
+
+void finish(const NormBackward& args, Range cols) {
+  const bool wide = args.x.dtype == DType::float64;
+  const auto finish_one = wide ? finish_cols<double> : finish_cols<float>;
+  if (args.weight_grad) finish_one(args.weight_partial, args.weight_grad, cols);
+  if (args.bias_grad) finish_one(args.bias_partial, args.bias_grad, cols);
+}
+
+}  // namespace
+
+extern const NormKernels norm_kernels = {forward, backward, finish};
+
+}  // namespace redline::cpu::REDLINE_ISA

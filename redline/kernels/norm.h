@@ -1,0 +1,78 @@
+// RMSNorm (Zhang and Sennrich, 2019) and LayerNorm (Ba, Kiros and Hinton, 2016) over the last axis:
+//   rms:   y = x * r * w,             r = 1 / sqrt(mean(x^2) + epsilon)
+//   layer: y = (x - m) * r * w + b,   m = mean(x), r = 1 / sqrt(mean((x - m)^2) + epsilon)
+// with w = weight, or 1 + weight when zero_centered. With a residual, x is x + residual, rounded to
+// the residual's dtype first. Arithmetic in float32 (float64 for float64), one rounding at the end.
+// Backward keeps x (the sum, with a residual), r and, for layer, m: one or two float32 per row.
+#pragma once
+
+#include "redline/core/stream.h"
+#include "redline/core/tensor_view.h"
+#include "redline/kernels/quantize.h"
+
+namespace redline {
+
+enum class Norm { rms, layer };
+
+struct NormForward {
+  Norm norm = Norm::rms;
+  TensorView x;            // [rows, cols]
+  TensorView residual;     // [rows, cols], optional; any floating dtype
+  TensorView weight;       // [cols], optional; x's dtype or float32
+  TensorView bias;         // [cols], optional, layer alone; the weight's dtype rule
+  TensorView y;            // [rows, cols], out, x's dtype
+  TensorView sum;          // [rows, cols], out, residual's dtype; present with a residual
+  TensorView mean;         // [rows] accumulation dtype, out, layer alone
+  TensorView inverse_std;  // [rows] accumulation dtype, out; r above
+  TensorView row_count;    // [] int64 on the device, optional: rows from it on get zeros
+  QuantizedOutput quantized;
+  double epsilon = 1e-5;
+  bool zero_centered = false;
+};
+
+// With xh = (x - m) * r and g = y_grad * w:
+//   x_grad = r * (g - xh * mean(g * xh) [- mean(g), layer]) [+ sum_grad, with a residual]
+//   weight_grad = sum over rows of y_grad * xh, bias_grad = sum over rows of y_grad
+// The sums over rows go through `weight_partial` and `bias_partial`: chunk k holds the rows
+// [k, k + 1) * ceil(rows / chunks), and the chunks are added in index order.
+struct NormBackward {
+  Norm norm = Norm::rms;
+  TensorView y_grad;          // [rows, cols], x's dtype
+  TensorView x;               // [rows, cols]: the normalised tensor (the sum, with a residual)
+  TensorView weight;          // [cols], optional
+  TensorView mean;            // [rows], layer alone
+  TensorView inverse_std;     // [rows]
+  TensorView sum_grad;        // [rows, cols], optional, x's dtype
+  TensorView row_count;       // [] int64, optional
+  TensorView x_grad;          // [rows, cols], out
+  TensorView weight_partial;  // [chunks, cols] accumulation dtype, workspace; with weight_grad
+  TensorView bias_partial;    // [chunks, cols] accumulation dtype, workspace; with bias_grad
+  TensorView weight_grad;     // [cols], out, optional
+  TensorView bias_grad;       // [cols], out, optional, layer alone
+  bool zero_centered = false;
+};
+
+// Throw Error where a shape or dtype does not fit.
+void check(const NormForward&);
+void check(const NormBackward&);
+
+// CPU. Forward: the rows of the range. Backward: the chunks of the range, x_grad of their rows and
+// their rows of the partial sums; finish() then writes weight_grad and bias_grad of the columns of
+// its range.
+void run(const NormForward&, Range rows);
+void run(const NormBackward&, Range chunks);
+void finish(const NormBackward&, Range cols);
+
+// CUDA. Backward includes the sum over the chunks.
+void run(const NormForward&, Stream);
+void run(const NormBackward&, Stream);
+
+// How many chunks the rows fall into: a function of the shape alone.
+namespace cpu {
+int64_t norm_chunks(int64_t rows, int64_t cols);
+}
+namespace cuda {
+int64_t norm_chunks(int64_t rows, int64_t cols);
+}
+
+}  // namespace redline

@@ -1,0 +1,31 @@
+// RMSNorm and LayerNorm, alone and with the residual added first (formulas: kernels/norm.h).
+// x is [..., cols]; weight and bias are [cols], of x's dtype or float32. Kept for backward: x (the
+// sum, with a residual) and one float32 per row (layer: two). Refuses what does not fit with
+// redline::Error or c10::Error before any memory is touched.
+#pragma once
+
+#include "redline/ops/torch.h"
+
+namespace redline::ops {
+
+// y, of x's dtype.
+at::Tensor rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                    double epsilon = 1e-5, bool zero_centered = false,
+                    const std::optional<at::Tensor>& row_count = {});
+
+at::Tensor layer_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                      const std::optional<at::Tensor>& bias, double epsilon = 1e-5,
+                      bool zero_centered = false, const std::optional<at::Tensor>& row_count = {});
+
+// {norm(x + residual), x + residual}: y of x's dtype, the sum of residual's.
+std::tuple<at::Tensor, at::Tensor> residual_rms_norm(
+    const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& weight,
+    double epsilon = 1e-5, bool zero_centered = false,
+    const std::optional<at::Tensor>& row_count = {});
+
+std::tuple<at::Tensor, at::Tensor> residual_layer_norm(
+    const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& bias, double epsilon = 1e-5, bool zero_centered = false,
+    const std::optional<at::Tensor>& row_count = {});
+
+}  // namespace redline::ops

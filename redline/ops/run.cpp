@@ -1,0 +1,31 @@
+#include "redline/ops/run.h"
+
+#if REDLINE_WITH_CUDA
+#include <ATen/cuda/CUDAContext.h>
+#endif
+
+namespace redline::ops {
+
+Stream stream_of(const at::Tensor& tensor) {
+#if REDLINE_WITH_CUDA
+  const auto index = tensor.get_device();
+  const cudaDeviceProp* properties = at::cuda::getDeviceProperties(index);
+  return {.handle = at::cuda::getCurrentCUDAStream(index).stream(),
+          .device = static_cast<int>(index),
+          .sm_count = properties->multiProcessorCount,
+          .capability = properties->major * 10 + properties->minor};
+#else
+  TORCH_CHECK(false, "redline: this build has no CUDA kernels, and a tensor is on ",
+              tensor.device(), "; build on a machine with the CUDA toolkit (redline doctor)");
+#endif
+}
+
+void check_devices(const char* op, const at::Tensor& first,
+                   std::initializer_list<std::pair<const char*, at::Tensor>> others) {
+  for (const auto& [name, tensor] : others) {
+    TORCH_CHECK(!tensor.defined() || tensor.device() == first.device(), op, ": ", name,
+                ": expected a tensor on ", first.device(), ", not on ", tensor.device());
+  }
+}
+
+}  // namespace redline::ops

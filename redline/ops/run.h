@@ -1,0 +1,64 @@
+// The last step of an op: nothing on meta tensors, otherwise the kernel of the tensors' device.
+#pragma once
+
+#include "redline/core/stream.h"
+#include "redline/ops/torch.h"
+#include "redline/ops/view.h"
+
+namespace redline::ops {
+
+inline constexpr bool with_cuda = REDLINE_WITH_CUDA;
+
+// The current stream of the tensor's device and what kernels may know of it. Throws in a build
+// without CUDA.
+Stream stream_of(const at::Tensor& tensor);
+
+// The dtype of sums and statistics over `tensor`.
+inline at::ScalarType accumulation_type(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// The tensor, or an undefined one; and back.
+inline at::Tensor value(const std::optional<at::Tensor>& tensor) {
+  return tensor ? *tensor : at::Tensor();
+}
+inline std::optional<at::Tensor> optional(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional(tensor) : std::nullopt;
+}
+
+// What an op returns in place of an output that was not asked for.
+inline at::Tensor no_output(const at::Tensor& like) { return at::empty({0}, like.options()); }
+
+// Every tensor on one device, or one sentence. Undefined ones are skipped.
+void check_devices(const char* op, const at::Tensor& first,
+                   std::initializer_list<std::pair<const char*, at::Tensor>> others);
+
+// Rows per task, so that a task moves about 256 KB: a function of the shape alone.
+inline int64_t rows_per_task(int64_t cols) { return std::max<int64_t>(1, 65536 / (cols + 1)); }
+
+// Calls body(Range) over [0, count) on torch's threads. For work whose result does not depend on
+// where the ranges end.
+template <typename Body>
+void parallel_ranges(int64_t count, int64_t grain, Body body) {
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(Range{begin, end}); });
+}
+
+// Checks the arguments; on a CUDA device runs the kernel there and returns true.
+template <typename Args>
+bool run_on_cuda(const at::Tensor& like, const Args& args) {
+  check(args);
+  if (!like.is_cuda()) return false;
+  const c10::OptionalDeviceGuard guard(like.device());
+  const Stream stream = stream_of(like);
+  if constexpr (with_cuda) run(args, stream);
+  return true;
+}
+
+// Runs args' kernel on the device of `like`: on CUDA as a whole, on the CPU range by range.
+template <typename Args>
+void run_rows(const at::Tensor& like, const Args& args, int64_t rows, int64_t cols) {
+  if (run_on_cuda(like, args)) return;
+  parallel_ranges(rows, rows_per_task(cols), [&](Range range) { run(args, range); });
+}
+
+}  // namespace redline::ops

@@ -1,0 +1,93 @@
+// From torch's tensors to views: the only bridge.
+#pragma once
+
+#include "redline/core/tensor_view.h"
+#include "redline/ops/torch.h"
+
+namespace redline::ops {
+
+inline DType dtype_from(at::ScalarType type) {
+  switch (type) {
+    case at::kDouble:
+      return DType::float64;
+    case at::kFloat:
+      return DType::float32;
+    case at::kHalf:
+      return DType::float16;
+    case at::kBFloat16:
+      return DType::bfloat16;
+    case at::kFloat8_e4m3fn:
+      return DType::float8_e4m3;
+    case at::kFloat8_e5m2:
+      return DType::float8_e5m2;
+    case at::kLong:
+      return DType::int64;
+    case at::kInt:
+      return DType::int32;
+    case at::kBool:
+      return DType::boolean;
+    default:
+      TORCH_CHECK(false, "redline: no kernel for dtype ", type);
+  }
+}
+
+// The tensor with its own sizes and strides; rank <= TensorView::max_rank.
+inline TensorView view(const at::Tensor& tensor) {
+  if (!tensor.defined()) return {};
+  TORCH_CHECK(tensor.dim() <= TensorView::max_rank, "redline: expected a rank of at most ",
+              TensorView::max_rank, ", not ", tensor.dim());
+  TensorView result;
+  result.data = tensor.data_ptr();
+  result.dtype = dtype_from(tensor.scalar_type());
+  result.rank = static_cast<int>(tensor.dim());
+  result.present = true;
+  for (int i = 0; i < result.rank; ++i) {
+    result.sizes[i] = tensor.size(i);
+    result.strides[i] = tensor.stride(i);
+  }
+  return result;
+}
+
+inline TensorView view(const std::optional<at::Tensor>& tensor) {
+  return tensor ? view(*tensor) : TensorView{};
+}
+
+// [rows, cols] with cols the last axis. The tensor must come from with_rows().
+inline TensorView view_rows(const at::Tensor& tensor) {
+  if (!tensor.defined()) return {};
+  const int64_t cols = tensor.size(-1);
+  TensorView result;
+  result.data = tensor.data_ptr();
+  result.dtype = dtype_from(tensor.scalar_type());
+  result.rank = 2;
+  result.present = true;
+  result.sizes[1] = cols;
+  result.sizes[0] = 1;
+  for (int64_t i = 0; i < tensor.dim() - 1; ++i) result.sizes[0] *= tensor.size(i);
+  result.strides[1] = 1;
+  result.strides[0] = tensor.dim() == 2 ? tensor.stride(0) : cols;
+  return result;
+}
+
+inline TensorView view_rows(const std::optional<at::Tensor>& tensor) {
+  return tensor ? view_rows(*tensor) : TensorView{};
+}
+
+// The tensor itself where view_rows() can describe it (contiguous, or a matrix with adjacent
+// columns); otherwise a contiguous copy. Symbolic sizes are never asked for: call it in run().
+inline at::Tensor with_rows(const at::Tensor& tensor) {
+  if (!tensor.defined() || tensor.is_contiguous()) return tensor;
+  const bool matrix =
+      tensor.dim() == 2 && tensor.stride(1) == 1 && tensor.stride(0) >= tensor.size(1);
+  return matrix ? tensor : tensor.contiguous();
+}
+
+inline std::optional<at::Tensor> with_rows(const std::optional<at::Tensor>& tensor) {
+  return tensor ? std::optional(with_rows(*tensor)) : std::nullopt;
+}
+
+inline std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& tensor) {
+  return tensor && tensor->defined() ? std::optional(tensor->contiguous()) : std::nullopt;
+}
+
+}  // namespace redline::ops
