@@ -19,8 +19,7 @@ def gradients(op, inputs, upstreams=None):
     if upstreams is None:
         generator = torch.Generator().manual_seed(7)
         upstreams = [
-            torch.randn(out.shape, generator=generator).to(out.device, out.dtype)
-            for out in outputs
+            torch.randn(out.shape, generator=generator).to(out.device, out.dtype) for out in outputs
         ]
     wanted = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     grads = torch.autograd.grad(outputs, wanted, upstreams, allow_unused=True)

@@ -10,14 +10,18 @@ namespace {
 
 const char* name(Norm norm) { return norm == Norm::rms ? "rms_norm" : "layer_norm"; }
 
-// weight and bias: x's dtype, or float32 beside a 16-bit x.
+// x's dtype, or float32 beside a 16-bit x.
+void check_mixed(const char* op, const char* tensor, const TensorView& view, const TensorView& x) {
+  const DType wide = accumulation_dtype(x.dtype);
+  REDLINE_CHECK(view.dtype == x.dtype || view.dtype == wide, op, ": ", tensor, ": expected ",
+                x.dtype, x.dtype == wide ? "" : " or float32", ", not ", view.dtype);
+}
+
 void check_parameter(const char* op, const char* tensor, const TensorView& parameter,
                      const TensorView& x) {
   if (!parameter) return;
   check_vector(op, tensor, parameter, x.sizes[1]);
-  REDLINE_CHECK(parameter.dtype == x.dtype || parameter.dtype == accumulation_dtype(x.dtype), op,
-                ": ", tensor, ": expected ", x.dtype, " or ", accumulation_dtype(x.dtype), ", not ",
-                parameter.dtype);
+  check_mixed(op, tensor, parameter, x);
 }
 
 void check_statistic(const char* op, const char* tensor, const TensorView& statistic,
@@ -33,15 +37,6 @@ void check_like_x(const char* op, const char* tensor, const TensorView& view, co
                 view.dtype);
 }
 
-// float64 goes with float64 alone; the narrower types mix.
-void check_floating(const char* op, const char* tensor, const TensorView& view,
-                    const TensorView& x) {
-  REDLINE_CHECK(is_floating(view.dtype), op, ": ", tensor, ": expected a floating dtype, not ",
-                view.dtype);
-  REDLINE_CHECK((view.dtype == DType::float64) == (x.dtype == DType::float64), op, ": ", tensor,
-                ": expected a dtype that goes with x in ", x.dtype, ", not ", view.dtype);
-}
-
 void check_row_count(const char* op, const TensorView& row_count) {
   if (!row_count) return;
   REDLINE_CHECK(row_count.numel() == 1 && row_count.dtype == DType::int64, op,
@@ -55,11 +50,11 @@ void check(const NormForward& args) {
   const TensorView& x = args.x;
   REDLINE_CHECK(x.rank == 2, op, ": x: expected [rows, cols], not ", x);
   check_rows(op, "x", x, x.sizes[0], x.sizes[1]);
-  check_floating(op, "x", x, x);
+  REDLINE_CHECK(is_floating(x.dtype), op, ": x: expected a floating dtype, not ", x.dtype);
   REDLINE_CHECK(args.epsilon >= 0, op, ": epsilon: expected 0 or more, not ", args.epsilon);
   if (args.residual) {
     check_rows(op, "residual", args.residual, x.sizes[0], x.sizes[1]);
-    check_floating(op, "residual", args.residual, x);
+    check_mixed(op, "residual", args.residual, x);
     check_rows(op, "sum", args.sum, x.sizes[0], x.sizes[1]);
     REDLINE_CHECK(args.sum.dtype == args.residual.dtype, op, ": sum: expected ",
                   args.residual.dtype, ", not ", args.sum.dtype);
@@ -79,7 +74,7 @@ void check(const NormBackward& args) {
   REDLINE_CHECK(x.rank == 2, op, ": x: expected [rows, cols], not ", x);
   check_rows(op, "x", x, x.sizes[0], x.sizes[1]);
   check_rows(op, "y_grad", args.y_grad, x.sizes[0], x.sizes[1]);
-  check_floating(op, "y_grad", args.y_grad, x);
+  check_mixed(op, "x", x, args.y_grad);
   check_parameter(op, "weight", args.weight, args.y_grad);
   check_statistic(op, "inverse_std", args.inverse_std, x);
   if (args.norm == Norm::layer) check_statistic(op, "mean", args.mean, x);

@@ -17,7 +17,7 @@ enum class Norm { rms, layer };
 struct NormForward {
   Norm norm = Norm::rms;
   TensorView x;            // [rows, cols]
-  TensorView residual;     // [rows, cols], optional; any floating dtype
+  TensorView residual;     // [rows, cols], optional; x's dtype or float32
   TensorView weight;       // [cols], optional; x's dtype or float32
   TensorView bias;         // [cols], optional, layer alone; the weight's dtype rule
   TensorView y;            // [rows, cols], out, x's dtype

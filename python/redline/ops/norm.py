@@ -55,7 +55,7 @@ def residual_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual) in one pass over memory.
 
-    residual: x's shape, any floating dtype; the sum has its dtype, y has x's. The sum is rounded
+    residual: x's shape, x's dtype or float32; the sum has its dtype, y has x's. The sum is rounded
     first and the rounded sum is normalised, so y has the bits of ``rms_norm(x + residual)``.
     Keeps the sum and one float32 per row.
     """

@@ -1,0 +1,44 @@
+// Sums over the threads that share a row, in an order that the thread count alone fixes.
+#pragma once
+
+namespace redline::cuda {
+
+// Every lane gets the sum: the butterfly adds the same pairs in every lane.
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    value += __shfl_xor_sync(0xffffffffu, value, offset);
+  }
+  return value;
+}
+
+__device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  }
+  return value;
+}
+
+// Count sums at once over the Threads of a block. `scratch` holds Count * 32 floats and may be used
+// again after the next __syncthreads(); calls in a row need two scratches in turn.
+template <int Threads, int Count>
+__device__ __forceinline__ void block_sum(float (&values)[Count], float* scratch) {
+#pragma unroll
+  for (int k = 0; k < Count; ++k) values[k] = warp_sum(values[k]);
+  if constexpr (Threads > 32) {
+    constexpr int warps = Threads / 32;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (lane == 0) {
+#pragma unroll
+      for (int k = 0; k < Count; ++k) scratch[k * 32 + warp] = values[k];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < Count; ++k) {
+      values[k] = warp_sum(lane < warps ? scratch[k * 32 + lane] : 0.0f);
+    }
+  }
+}
+
+}  // namespace redline::cuda

@@ -1,0 +1,95 @@
+// 16-byte accesses within a row (columns are int: a row is shorter than 2^31). The aligned and the
+// element-by-element path give a thread the same elements, so that an op's bits do not depend on
+// where its tensors lie.
+#pragma once
+
+#include <cstdint>
+
+#include "redline/kernels/cuda/device/convert.cuh"
+
+namespace redline::cuda {
+
+template <typename T>
+inline constexpr int vector_size = 16 / static_cast<int>(sizeof(T));  // elements of 16 bytes
+
+// N adjacent elements as they lie in memory.
+template <typename T, int N = vector_size<T>>
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Packed {
+  T values[N];
+};
+
+// Elements [col, col + N) of a row of `cols`; zeros from cols on.
+template <typename T, int N = vector_size<T>>
+__device__ __forceinline__ Packed<T, N> load(const T* row, int col, int cols, bool aligned) {
+  Packed<T, N> result;
+  if (aligned && col + N <= cols) {
+    result = *reinterpret_cast<const Packed<T, N>*>(row + col);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      result.values[i] = col + i < cols ? row[col + i] : from_float<T>(0.0f);
+    }
+  }
+  return result;
+}
+
+// Same elements, when the tensor is T or float32: a weight beside 16-bit data, a float32 residual.
+template <typename T, int N = vector_size<T>>
+__device__ __forceinline__ void load_mixed(const void* data, bool is_float32, int64_t offset,
+                                           int col, int cols, bool aligned, float (&values)[N]) {
+  if (sizeof(T) == 4 || is_float32) {
+    const float* row = static_cast<const float*>(data) + offset;
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      const Packed<float, 4> part = load<float, 4>(row, col + i, cols, aligned);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) values[i + k] = part.values[k];
+    }
+  } else {
+    const Packed<T, N> part = load<T, N>(static_cast<const T*>(data) + offset, col, cols, aligned);
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = to_float(part.values[i]);
+  }
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void store(T* row, int col, int cols, bool aligned,
+                                      const Packed<T, N>& packed) {
+  if (aligned && col + N <= cols) {
+    *reinterpret_cast<Packed<T, N>*>(row + col) = packed;
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (col + i < cols) row[col + i] = packed.values[i];
+    }
+  }
+}
+
+template <typename T, int N>
+__device__ __forceinline__ Packed<T, N> pack(const float (&values)[N]) {
+  Packed<T, N> packed;
+#pragma unroll
+  for (int i = 0; i < N; ++i) packed.values[i] = from_float<T>(values[i]);
+  return packed;
+}
+
+// The counterpart of load_mixed; `values` are left as they read back.
+template <typename T, int N = vector_size<T>>
+__device__ __forceinline__ void store_mixed(void* data, bool is_float32, int64_t offset, int col,
+                                            int cols, bool aligned, float (&values)[N]) {
+  if (sizeof(T) == 4 || is_float32) {
+    float* row = static_cast<float*>(data) + offset;
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      const Packed<float, 4> part = {values[i], values[i + 1], values[i + 2], values[i + 3]};
+      store(row, col + i, cols, aligned, part);
+    }
+  } else {
+    const Packed<T, N> packed = pack<T>(values);
+    store(static_cast<T*>(data) + offset, col, cols, aligned, packed);
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = to_float(packed.values[i]);
+  }
+}
+
+}  // namespace redline::cuda

@@ -1,0 +1,99 @@
+// Host side of a launch: device types of host dtypes, alignment, and the one launch function.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+
+#include "redline/core/check.h"
+#include "redline/core/dtype.h"
+#include "redline/core/stream.h"
+#include "redline/core/tensor_view.h"
+
+namespace redline::cuda {
+
+inline void check_status(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) {
+    fail(__FILE__, __LINE__, what, ": ", cudaGetErrorName(status), ": ",
+         cudaGetErrorString(status));
+  }
+}
+
+struct LaunchConfig {
+  dim3 grid;
+  dim3 block;
+  int shared_bytes = 0;
+  int cluster = 1;                // blocks per cluster along x
+  bool overlap_previous = false;  // the kernel waits by cudaGridDependencySynchronize()
+  Stream stream;
+};
+
+// Attributes are added only when asked for: a cluster attribute of 1 makes a launch of 4,096 blocks
+// almost three times slower than none (H200: 11.9 us against 4.4).
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments&&... arguments) {
+  if (config.grid.x == 0 || config.grid.y == 0 || config.grid.z == 0) return;
+  if (config.shared_bytes > 48 * 1024) {
+    check_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      config.shared_bytes),
+                 "cudaFuncSetAttribute");
+  }
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t launch_config = {};
+  launch_config.gridDim = config.grid;
+  launch_config.blockDim = config.block;
+  launch_config.dynamicSmemBytes = config.shared_bytes;
+  launch_config.stream = static_cast<cudaStream_t>(config.stream.handle);
+  launch_config.attrs = attributes;
+  if (config.cluster > 1) {
+    auto& attribute = attributes[launch_config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(config.cluster), 1, 1};
+  }
+  if (config.overlap_previous) {
+    auto& attribute = attributes[launch_config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  check_status(cudaLaunchKernelEx(&launch_config, kernel,
+                                  static_cast<Parameters>(std::forward<Arguments>(arguments))...),
+               "launch");
+}
+
+// The device type that stores a host dtype's elements.
+template <typename T>
+struct DeviceType {
+  using type = T;
+};
+template <>
+struct DeviceType<float16> {
+  using type = __half;
+};
+template <>
+struct DeviceType<bfloat16> {
+  using type = __nv_bfloat16;
+};
+template <typename T>
+using device_type = typename DeviceType<T>::type;
+
+// True when 16-byte accesses are legal at the start of every row of every view: address, row stride
+// and row length. Absent views do not count.
+inline bool is_aligned(std::initializer_list<const TensorView*> views) {
+  return std::all_of(views.begin(), views.end(), [](const TensorView* view) {
+    if (!*view) return true;
+    const int64_t bytes = element_bytes(view->dtype);
+    const int last = view->rank - 1;
+    bool aligned =
+        reinterpret_cast<uintptr_t>(view->data) % 16 == 0 && view->sizes[last] * bytes % 16 == 0;
+    for (int i = 0; i < last; ++i) aligned = aligned && view->strides[i] * bytes % 16 == 0;
+    return aligned;
+  });
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace redline::cuda

@@ -1,0 +1,214 @@
+// y = (x - m) * r * w + b (kernels/norm.h). The threads of a row hold it in registers: memory is
+// read once and written once, by 16-byte accesses, up to four of them in flight per thread. Rows
+// that outgrow a block are read again from L2. Bound by bytes; of the floor: bench/results.
+#include "redline/kernels/cuda/norm/row.cuh"
+
+namespace redline {
+namespace cuda {
+namespace {
+
+// Threads that share a row and 16-byte vectors that each of them holds.
+template <int Threads, int Vectors>
+struct Tile {
+  static constexpr int threads = Threads, vectors = Vectors;
+  static constexpr int rows = Threads == 32 ? 4 : 1;  // rows of a block, a warp each
+  static constexpr int block_threads = Threads * rows;
+};
+
+struct Forward : Common {
+  Matrix residual, sum, bias, y;
+  float epsilon;
+};
+
+// x, or the rounded x + residual, which is stored on the way.
+template <typename T>
+__device__ __forceinline__ void load_input(const Forward& args, int64_t row, int col,
+                                           float (&x)[vector_size<T>]) {
+  constexpr int N = vector_size<T>;
+  load_mixed<T>(args.x.data, args.x.is_float32, row * args.x.stride, col, args.cols, args.aligned,
+                x);
+  if (args.residual.data == nullptr) return;
+  float residual[N];
+  load_mixed<T>(args.residual.data, args.residual.is_float32, row * args.residual.stride, col,
+                args.cols, args.aligned, residual);
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] += residual[i];
+  store_mixed<T>(args.sum.data, args.sum.is_float32, row * args.sum.stride, col, args.cols,
+                 args.aligned, x);
+}
+
+template <typename T>
+__device__ __forceinline__ void store_output(const Forward& args, int64_t row, int col,
+                                             const float (&x)[vector_size<T>], float mean,
+                                             float inverse_std) {
+  constexpr int N = vector_size<T>;
+  float w[N], y[N], b[N];
+  load_weight<T>(args, col, w);
+  if (args.bias.data != nullptr) {
+    load_mixed<T>(args.bias.data, args.bias.is_float32, 0, col, args.cols, args.aligned, b);
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    y[i] = (x[i] - mean) * inverse_std * w[i];
+    if (args.bias.data != nullptr) y[i] += b[i];
+  }
+  store(static_cast<T*>(args.y.data) + row * args.y.stride, col, args.cols, args.aligned,
+        pack<T>(y));
+}
+
+// Rows from the device's row count on.
+template <typename T, int Threads>
+__device__ void zero_row(const Forward& args, int64_t row, int thread) {
+  for (int col = thread * vector_size<T>; col < args.cols; col += Threads * vector_size<T>) {
+    store_zeros<T>(args.y, args.y.is_float32, row, col, args);
+    if (args.sum.data != nullptr) store_zeros<T>(args.sum, args.sum.is_float32, row, col, args);
+  }
+  if (thread == 0) {
+    args.inverse_std[row] = 0.0f;
+    if (args.mean != nullptr) args.mean[row] = 0.0f;
+  }
+}
+
+__device__ __forceinline__ void store_statistics(const Forward& args, int64_t row, float mean,
+                                                 float inverse_std) {
+  args.inverse_std[row] = inverse_std;
+  if (args.mean != nullptr) args.mean[row] = mean;
+}
+
+template <typename T, bool Layer, typename Tile>
+__global__ void __launch_bounds__(Tile::block_threads) forward_kernel(const Forward args) {
+  constexpr int N = vector_size<T>, V = Tile::vectors;
+  __shared__ float scratch[2][32];
+  const int thread = threadIdx.x % Tile::threads;
+  const int64_t row = int64_t{blockIdx.x} * Tile::rows + threadIdx.x / Tile::threads;
+  if (row >= args.rows) return;
+  if (row >= counted_rows(args)) return zero_row<T, Tile::threads>(args, row, thread);
+  const auto col = [&](int v) { return (v * Tile::threads + thread) * N; };
+
+  float x[V][N];
+#pragma unroll
+  for (int v = 0; v < V; ++v) load_input<T>(args, row, col(v), x[v]);
+
+  float mean = 0.0f;
+  if constexpr (Layer) {
+    float total[1] = {};
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) total[0] += x[v][i];
+    }
+    block_sum<Tile::threads>(total, scratch[0]);
+    mean = total[0] / args.cols;
+  }
+  float squares[1] = {};
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float centered = !Layer || col(v) + i < args.cols ? x[v][i] - mean : 0.0f;
+      squares[0] += centered * centered;
+    }
+  }
+  block_sum<Tile::threads>(squares, scratch[1]);
+  const float inverse_std = 1.0f / sqrtf(squares[0] / args.cols + args.epsilon);
+  if (thread == 0) store_statistics(args, row, mean, inverse_std);
+
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    if (col(v) < args.cols) store_output<T>(args, row, col(v), x[v], mean, inverse_std);
+  }
+}
+
+// Rows that outgrow a block's registers are read again from L2: the sum when there is a residual.
+template <typename T>
+__device__ __forceinline__ void reload_input(const Forward& args, int64_t row, int col,
+                                             float (&x)[vector_size<T>]) {
+  const Matrix& from = args.residual.data != nullptr ? args.sum : args.x;
+  load_mixed<T>(from.data, from.is_float32, row * from.stride, col, args.cols, args.aligned, x);
+}
+
+template <typename T, bool Layer, int Threads>
+__global__ void __launch_bounds__(Threads) long_forward_kernel(const Forward args) {
+  constexpr int N = vector_size<T>;
+  constexpr int step = Threads * N;
+  const int first = threadIdx.x * N;
+  __shared__ float scratch[2][32];
+  const int64_t row = blockIdx.x;
+  if (row >= counted_rows(args)) return zero_row<T, Threads>(args, row, threadIdx.x);
+  float x[N], total[1] = {}, squares[1] = {};
+  for (int col = first; col < args.cols; col += step) {
+    load_input<T>(args, row, col, x);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      total[0] += x[i];
+      squares[0] += x[i] * x[i];
+    }
+  }
+  float mean = 0.0f;
+  if constexpr (Layer) {
+    block_sum<Threads>(total, scratch[0]);
+    mean = total[0] / args.cols;
+    squares[0] = 0.0f;
+    for (int col = first; col < args.cols; col += step) {
+      reload_input<T>(args, row, col, x);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const float centered = col + i < args.cols ? x[i] - mean : 0.0f;
+        squares[0] += centered * centered;
+      }
+    }
+  }
+  block_sum<Threads>(squares, scratch[1]);
+  const float inverse_std = 1.0f / sqrtf(squares[0] / args.cols + args.epsilon);
+  if (threadIdx.x == 0) store_statistics(args, row, mean, inverse_std);
+  for (int col = first; col < args.cols; col += step) {
+    reload_input<T>(args, row, col, x);
+    store_output<T>(args, row, col, x, mean, inverse_std);
+  }
+}
+
+template <typename T, bool Layer, typename Tile>
+void launch_tile(const Forward& args, Stream stream) {
+  launch(forward_kernel<T, Layer, Tile>,
+         {.grid = dim3(ceil_div(args.rows, Tile::rows)),
+          .block = dim3(Tile::block_threads),
+          .stream = stream},
+         args);
+}
+
+// The narrowest tile that holds the row: more rows per multiprocessor, shorter sums.
+template <typename T, bool Layer>
+void launch_forward(const Forward& args, Stream stream) {
+  const int64_t vectors = ceil_div(args.cols, vector_size<T>);
+  if (vectors <= 32) return launch_tile<T, Layer, Tile<32, 1>>(args, stream);
+  if (vectors <= 64) return launch_tile<T, Layer, Tile<32, 2>>(args, stream);
+  if (vectors <= 128) return launch_tile<T, Layer, Tile<32, 4>>(args, stream);
+  if (vectors <= 256) return launch_tile<T, Layer, Tile<128, 2>>(args, stream);
+  if (vectors <= 512) return launch_tile<T, Layer, Tile<128, 4>>(args, stream);
+  if (vectors <= 1024) return launch_tile<T, Layer, Tile<256, 4>>(args, stream);
+  if (vectors <= 2048) return launch_tile<T, Layer, Tile<512, 4>>(args, stream);
+  if (vectors <= 4096) return launch_tile<T, Layer, Tile<1024, 4>>(args, stream);
+  launch(long_forward_kernel<T, Layer, 1024>,
+         {.grid = dim3(args.rows), .block = dim3(1024), .stream = stream}, args);
+}
+
+}  // namespace
+}  // namespace cuda
+
+void run(const NormForward& norm, Stream stream) {
+  using namespace cuda;
+  const bool aligned =
+      is_aligned({&norm.x, &norm.residual, &norm.sum, &norm.weight, &norm.bias, &norm.y});
+  const Forward args = {common(norm, norm.x, aligned),
+                        matrix(norm.residual),
+                        matrix(norm.sum),
+                        matrix(norm.bias),
+                        matrix(norm.y),
+                        static_cast<float>(norm.epsilon)};
+  visit_dtype<float, bfloat16, float16>("norm", norm.x.dtype, [&]<typename T>() {
+    visit_bool(norm.norm == Norm::layer,
+               [&]<bool layer>() { launch_forward<device_type<T>, layer>(args, stream); });
+  });
+}
+
+}  // namespace redline

@@ -1,0 +1,79 @@
+// What both directions of norm know of a row.
+#pragma once
+
+#include "redline/core/dispatch.h"
+#include "redline/kernels/cuda/device/reduce.cuh"
+#include "redline/kernels/cuda/device/vector.cuh"
+#include "redline/kernels/cuda/launch.h"
+#include "redline/kernels/norm.h"
+
+namespace redline::cuda {
+namespace {
+
+// What kernels know of a matrix: where it starts, its row stride, whether it holds float32.
+struct Matrix {
+  void* data;
+  int64_t stride;
+  bool is_float32;
+};
+
+inline Matrix matrix(const TensorView& view) {
+  return {view.data, view.strides[0], view.dtype == DType::float32};
+}
+
+struct Common {
+  Matrix x;
+  Matrix weight;
+  const int64_t* row_count;
+  float* mean;
+  float* inverse_std;
+  int64_t rows;
+  int cols;
+  float offset;  // 1 when zero_centered
+  bool aligned;
+};
+
+template <typename Args>
+Common common(const Args& args, const TensorView& x, bool aligned) {
+  // A column index may pass the row's end by one block's step.
+  REDLINE_CHECK(x.sizes[1] < INT32_MAX - 65536,
+                "norm: x: expected rows below 2^31 - 65536 columns");
+  return {.x = matrix(x),
+          .weight = matrix(args.weight),
+          .row_count = args.row_count.template as<const int64_t>(),
+          .mean = args.mean.template as<float>(),
+          .inverse_std = args.inverse_std.template as<float>(),
+          .rows = x.sizes[0],
+          .cols = static_cast<int>(x.sizes[1]),
+          .offset = args.zero_centered ? 1.0f : 0.0f,
+          .aligned = aligned};
+}
+
+__device__ __forceinline__ int64_t counted_rows(const Common& args) {
+  if (args.row_count == nullptr) return args.rows;
+  return min(max(*args.row_count, int64_t{0}), args.rows);
+}
+
+template <typename T>
+__device__ __forceinline__ void load_weight(const Common& args, int col,
+                                            float (&w)[vector_size<T>]) {
+  constexpr int N = vector_size<T>;
+  if (args.weight.data == nullptr) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) w[i] = 1.0f;
+    return;
+  }
+  load_mixed<T>(args.weight.data, args.weight.is_float32, 0, col, args.cols, args.aligned, w);
+#pragma unroll
+  for (int i = 0; i < N; ++i) w[i] += args.offset;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_zeros(const Matrix& to, bool wide, int64_t row, int col,
+                                            const Common& args) {
+  float zeros[vector_size<T>] = {};
+  store_mixed<T>(to.data, wide, row * to.stride, col, args.cols, args.aligned, zeros);
+}
+
+}  // namespace
+}  // namespace redline::cuda

@@ -1,0 +1,269 @@
+"""rms_norm, layer_norm and their residual forms against float64."""
+
+import cases
+import contract
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from cases import DEVICES, DTYPES, HUGE, MODEL, SMALL, randn, strided, wide
+from tolerance import assert_close
+
+from redline import ops
+
+NORMS = ["rms_norm", "layer_norm"]
+
+
+def parameters(norm, cols, dtype, device):
+    """weight, and bias for layer_norm."""
+    names = ["weight"] if norm == "rms_norm" else ["weight", "bias"]
+    return [randn(cols, dtype=dtype, device=device, seed=i, shift=0.5) for i, _ in enumerate(names)]
+
+
+def stock(norm, x, *parameters):
+    weight, bias = (*parameters, None, None)[:2]
+    if norm == "rms_norm":
+        return F.rms_norm(x, x.shape[-1:], weight, 1e-5)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
+
+
+def sums(cols):
+    """float32 roundings of a mean over cols, added in lanes: measured growth is the square root."""
+    return 8 + cols**0.5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("case", SMALL + MODEL[:1] + HUGE, ids=cases.name)
+@pytest.mark.parametrize("norm", NORMS)
+def test_forward(norm, case, dtype, device):
+    x = randn(*case, dtype=dtype, device=device, shift=0.3)
+    inputs = [x, *parameters(norm, case[1], dtype, device)]
+    y = getattr(ops, norm)(*inputs)
+    expected = getattr(reference, norm)(*wide(*inputs))
+    theirs = stock(norm, *inputs).cpu() if case[0] else None
+    assert_close(y.cpu(), expected, sums=sums(case[1]), stock=theirs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("case", SMALL + MODEL[:1] + HUGE, ids=cases.name)
+@pytest.mark.parametrize("norm", NORMS)
+def test_backward(norm, case, dtype, device):
+    x = randn(*case, dtype=dtype, device=device, shift=0.3)
+    inputs = [x, *parameters(norm, case[1], dtype, device)]
+    _, grads, upstreams = contract.gradients(getattr(ops, norm), inputs)
+    leaves = wide(*inputs)
+    expected = torch.autograd.grad(
+        getattr(reference, norm)(*leaves), leaves, upstreams[0].cpu().double()
+    )
+    theirs = contract.gradients(lambda *args: stock(norm, *args), inputs, upstreams)[1]
+    for name, ours, truth, other in zip(
+        ("x", "weight", "bias"), grads, expected, theirs, strict=False
+    ):
+        assert ours.dtype == dtype
+        rows = case[0] if name != "x" else 0
+        if case[1] > 1 or name != "x":  # one column: the gradient of x is zero but for rounding
+            assert_close(
+                ours.cpu(), truth, sums=4 * sums(case[1]) + rows, stock=other.cpu(), what=name
+            )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("case", [(5, 255), (3, 4097), (2, 20000)], ids=cases.name)
+@pytest.mark.parametrize("norm", NORMS)
+def test_residual_has_the_bits_of_norm_of_the_sum(norm, case, dtype, device):
+    x = randn(*case, dtype=dtype, device=device)
+    residual = randn(*case, dtype=dtype, device=device, seed=9)
+    extra = parameters(norm, case[1], dtype, device)
+    y, total = getattr(ops, f"residual_{norm}")(x, residual, *extra)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(y, getattr(ops, norm)(x + residual, *extra))
+    fused = contract.gradients(getattr(ops, f"residual_{norm}"), [x, residual, *extra])
+    assert torch.equal(fused[1][0], fused[1][1])
+    leaves = wide(x, residual, *extra)
+    s = leaves[0] + leaves[1]
+    if dtype != torch.float32:  # the sum is rounded before it is normalised
+        s = s + (total.double().cpu() - s).detach()
+    truth = torch.autograd.grad(
+        (getattr(reference, norm)(s, *leaves[2:]), s), leaves, [u.cpu().double() for u in fused[2]]
+    )
+    for ours, expected in zip(fused[1], truth, strict=True):
+        assert_close(ours.cpu(), expected, sums=4 * sums(case[1]) + case[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_mixed_dtypes(norm, device):
+    """bf16 x with float32 parameters, and a float32 residual under bf16 x."""
+    x = randn(6, 300, dtype=torch.bfloat16, device=device)
+    residual = randn(6, 300, dtype=torch.float32, device=device, seed=3)
+    extra = parameters(norm, 300, torch.float32, device)
+    outs, grads, upstreams = contract.gradients(
+        getattr(ops, f"residual_{norm}"), [x, residual, *extra]
+    )
+    assert [out.dtype for out in outs] == [torch.bfloat16, torch.float32]
+    assert [grad.dtype for grad in grads] == [torch.bfloat16] + [torch.float32] * (1 + len(extra))
+    leaves = wide(x, residual, *extra)
+    s = leaves[0] + leaves[1]
+    y = getattr(reference, norm)(s, *leaves[2:])
+    assert_close(outs[0].cpu(), y.detach())
+    assert_close(outs[1].cpu(), s.detach())
+    truth = torch.autograd.grad((y, s), leaves, [u.cpu().double() for u in upstreams])
+    for ours, expected in zip(grads, truth, strict=True):
+        assert_close(ours.cpu(), expected, sums=200)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_zero_centered_and_missing_parameters(norm, device):
+    x = randn(4, 130, dtype=torch.float32, device=device)
+    extra = parameters(norm, 130, torch.float32, device)
+    function = getattr(ops, norm)
+    zero_centered = function(x, *extra, zero_centered=True)
+    extra[0] = extra[0] + 1
+    assert_close(zero_centered.cpu(), function(x, *extra).cpu().double(), roundings=4)
+    assert_close(function(x).cpu(), getattr(reference, norm)(*wide(x)).detach(), sums=20)
+    leaf = x.clone().requires_grad_()
+    function(leaf).sum().backward()
+    assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_bits_do_not_depend_on_strides_threads_or_neighbours(norm, dtype, device):
+    x = randn(40, 999, dtype=dtype, device=device)
+    extra = parameters(norm, 999, dtype, device)
+    function = getattr(ops, norm)
+    contract.same_bits(function, [x, *extra])
+    y = function(x, *extra)
+    assert torch.equal(function(strided(x), *[strided(e) for e in extra]), y)
+    assert torch.equal(
+        function(x.view(4, 10, 999).transpose(0, 1), *extra), y.view(4, 10, 999).transpose(0, 1)
+    )
+    for row in (0, 17, 39):
+        assert torch.equal(function(x[row], *extra), y[row])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_row_count_on_the_device(norm, device):
+    x = randn(9, 65, dtype=torch.bfloat16, device=device)
+    count = torch.tensor(5, device=device)
+    extra = parameters(norm, 65, torch.bfloat16, device)
+    outs, grads, up = contract.gradients(
+        lambda *args: getattr(ops, norm)(*args, row_count=count), [x, *extra]
+    )
+    some = contract.gradients(getattr(ops, norm), [x[:5], *extra], [up[0][:5]])
+    assert torch.equal(outs[0][:5], some[0][0]) and not outs[0][5:].any()
+    assert torch.equal(grads[0][:5], some[1][0]) and not grads[0][5:].any()
+    for ours, theirs in zip(grads[1:], some[1][1:], strict=True):
+        assert_close(ours.cpu(), theirs.cpu().double(), roundings=2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_extreme_rows(norm, device):
+    """All equal, one huge value, tiny, large, infinite and NaN rows pass through as in stock."""
+    x = torch.randn(7, 256, device=device)
+    x[0], x[1, 7], x[2], x[3] = 1.5, 1e18, x[2] * 1e-30, x[3] * 1e18
+    x[4, 3], x[5, 9] = float("inf"), float("nan")
+    extra = parameters(norm, 256, torch.float32, device)
+    y, theirs = getattr(ops, norm)(x, *extra), stock(norm, x, *extra)
+    finite = theirs.isfinite().all(-1)
+    assert torch.equal(y.isfinite().all(-1), finite)
+    truth = getattr(reference, norm)(*wide(x, *extra)).detach()
+    for row in finite.nonzero().flatten().tolist():
+        assert_close(y[row].cpu(), truth[row], sums=40, stock=theirs[row].cpu(), what=f"row {row}")
+
+
+def test_gradcheck():
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    x, r = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    w, b = (torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(ops.rms_norm, (x, w))
+    assert torch.autograd.gradcheck(ops.layer_norm, (x, w, b))
+    assert torch.autograd.gradcheck(ops.residual_rms_norm, (x, r, w))
+    assert torch.autograd.gradcheck(ops.residual_layer_norm, (x, r, w, b))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_registration(device):
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    x, r = (torch.randn(4, 3, 8, device=device, requires_grad=True) for _ in range(2))
+    w, b = (torch.randn(8, device=device, requires_grad=True) for _ in range(2))
+    registered = torch.ops.redline
+    contract.passes_opcheck(registered.rms_norm, (x, w))
+    contract.passes_opcheck(registered.layer_norm, (x, w, b))
+    contract.passes_opcheck(registered.residual_rms_norm, (x, r, w))
+    contract.passes_opcheck(registered.residual_layer_norm, (x, r, w, b))
+    x, w, b = x.detach(), w.detach(), b.detach()
+    rms, stat = (w, 1e-5, False, None), torch.rand(4, 3, device=device)
+    contract.passes_opcheck(registered.rms_norm_forward, (x, None, *rms), inner=True)
+    contract.passes_opcheck(
+        registered.rms_norm_backward, (x, x, w, stat, None, False, None, True), inner=True
+    )
+    contract.passes_opcheck(
+        registered.layer_norm_forward, (x, r.detach(), w, b, 1e-5, False, None), inner=True
+    )
+    contract.passes_opcheck(
+        registered.layer_norm_backward,
+        (x, x, w, b, stat, stat, None, False, None, True, True),
+        inner=True,
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("norm", [*NORMS, "residual_rms_norm"])
+def test_tracing(norm, device):
+    inputs = [randn(6, 3, 40, dtype=torch.float32, device=device)]
+    inputs += [inputs[0] + 1] * norm.startswith("residual")
+    inputs += [randn(40, dtype=torch.float32, device=device)]
+    function = getattr(ops, norm)
+    contract.compiles(function, inputs)
+    contract.compiles_dynamic(function, inputs)
+    contract.exports(function, inputs)
+    contract.runs_in_inference_mode(function, inputs)
+    contract.refuses_vmap(function, inputs)
+    contract.refuses_double_backward(function, inputs)
+    if device == "cuda":
+        contract.captures(function, inputs)
+        contract.agrees_on_side_stream(function, inputs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_autocast_follows_stock(norm, device):
+    x = randn(4, 32, dtype=torch.bfloat16, device=device)
+    extra = parameters(norm, 32, torch.bfloat16, device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert getattr(ops, norm)(x, *extra).dtype == stock(norm, x, *extra).dtype
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bad_arguments(device):
+    x, w = torch.randn(4, 8, device=device), torch.randn(8, device=device)
+    for arguments, message in [
+        ((x, w[:7]), r"rms_norm: weight: expected \[8\], not \[7\] float32"),
+        ((x, w.double()), "rms_norm: weight: expected float32, not float64"),
+        ((x.long(),), "rms_norm: x: expected a floating dtype, not Long"),
+        ((x[0, 0],), "rms_norm: x: expected at least one dimension, not a scalar"),
+        ((x, w, -1.0), "rms_norm: epsilon: expected 0 or more, not -1"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            ops.rms_norm(*arguments)
+    with pytest.raises(
+        RuntimeError, match=r"layer_norm: residual: expected \[4, 8\], not \[4, 7\]"
+    ):
+        ops.residual_layer_norm(x, x[:, :7], w, w)
+    with pytest.raises(RuntimeError, match="layer_norm: residual: expected float32, not bfloat16"):
+        ops.residual_layer_norm(x, x.bfloat16(), w, w)
+    with pytest.raises(RuntimeError, match="row_count: expected one int64"):
+        ops.rms_norm(x, w, row_count=torch.tensor(1.0, device=device))
+    if device == "cuda":
+        with pytest.raises(RuntimeError, match="weight: expected a tensor on cuda:0, not on cpu"):
+            ops.rms_norm(x, w.cpu())
+        with pytest.raises(RuntimeError, match="no kernel for float64"):
+            ops.rms_norm(x.double())
