@@ -9,7 +9,10 @@ target_compile_definitions(
                       REDLINE_VERSION="${REDLINE_VERSION}")
 # Torch's headers cost g++ 20 s: they are compiled once.
 target_precompile_headers(redline_ops PRIVATE redline/ops/torch.h)
-target_compile_options(redline_ops PRIVATE -g0)
+# at::parallel_for is a template over OpenMP: without the flag it runs on one thread. The runtime is
+# the libgomp that torch has already loaded.
+target_compile_options(redline_ops PRIVATE -g0 -fopenmp)
+target_link_options(redline_ops PRIVATE -fopenmp)
 set_target_properties(redline_ops PROPERTIES LIBRARY_OUTPUT_DIRECTORY
                                              ${PROJECT_SOURCE_DIR}/python/redline/lib)
 install(TARGETS redline_ops LIBRARY DESTINATION redline/lib)

@@ -27,7 +27,8 @@ def assert_close(out, reference, dtype=None, roundings=1, sums=0, stock=None, wh
 
     roundings: how often the path rounds to `dtype`. sums: float32 (float64 for float64) roundings
     that a long sum adds, in units of its own roundoff. stock: the same result by stock torch in
-    the same dtype: our error may then also reach twice stock's, or one rounding.
+    the same dtype: from 64 elements on, our L2 error is then held to twice stock's or one
+    rounding, whichever is larger.
     """
     dtype = dtype or out.dtype
     assert out.shape == reference.shape, f"{what}: {tuple(out.shape)} != {tuple(reference.shape)}"
@@ -47,7 +48,7 @@ def assert_close(out, reference, dtype=None, roundings=1, sums=0, stock=None, wh
     floor = TINY[dtype]
     l2, l2_bound = error.norm(), bound * scale.norm() + floor * error.numel() ** 0.5
     worst, worst_bound = error.max(), 4 * bound * scale.max() + floor
-    if stock is not None:
+    if stock is not None and error.numel() >= 64:  # of a few elements the errors are luck
         theirs = (stock.detach().double() - reference)[keep].abs()
         l2_bound = torch.maximum(2 * theirs.norm(), UNIT_ROUNDOFF[dtype] * scale.norm() + floor)
         worst_bound = torch.maximum(2 * theirs.max(), worst_bound)

@@ -33,22 +33,45 @@ __device__ __forceinline__ Packed<T, N> load(const T* row, int col, int cols, bo
   return result;
 }
 
-// Same elements, when the tensor is T or float32: a weight beside 16-bit data, a float32 residual.
-template <typename T, int N = vector_size<T>>
-__device__ __forceinline__ void load_mixed(const void* data, bool is_float32, int64_t offset,
-                                           int col, int cols, bool aligned, float (&values)[N]) {
-  if (sizeof(T) == 4 || is_float32) {
-    const float* row = static_cast<const float*>(data) + offset;
+// Vectors col, col + step, ... of a row, V of them. The branch on `aligned` stands outside the
+// loop: inside it, each load would wait for the one before (H100, norm forward: 0.82 of the copy's
+// rate).
+template <typename T, int V, int N>
+__device__ __forceinline__ void load_vectors(const T* row, int col, int step, int cols,
+                                             bool aligned, Packed<T, N> (&out)[V]) {
+  if (aligned) {
 #pragma unroll
-    for (int i = 0; i < N; i += 4) {
-      const Packed<float, 4> part = load<float, 4>(row, col + i, cols, aligned);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) values[i + k] = part.values[k];
+    for (int v = 0; v < V; ++v) {
+      out[v] = {};
+      if (col + v * step < cols) {
+        out[v] = *reinterpret_cast<const Packed<T, N>*>(row + col + v * step);
+      }
     }
   } else {
-    const Packed<T, N> part = load<T, N>(static_cast<const T*>(data) + offset, col, cols, aligned);
 #pragma unroll
-    for (int i = 0; i < N; ++i) values[i] = to_float(part.values[i]);
+    for (int v = 0; v < V; ++v) out[v] = load<T, N>(row, col + v * step, cols, false);
+  }
+}
+
+// The same as float32, of a tensor that holds T or float32: a weight beside 16-bit data, a float32
+// residual. Adds to what `values` hold.
+template <typename T, int V, int N>
+__device__ __forceinline__ void add_vectors(const void* data, bool is_float32, int64_t offset,
+                                            int col, int step, int cols, bool aligned,
+                                            float (&values)[V][N]) {
+  const auto add = [&]<typename S>(const S* row) {
+    Packed<S, N> raw[V];
+    load_vectors(row + offset, col, step, cols, aligned, raw);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) values[v][i] += to_float(raw[v].values[i]);
+    }
+  };
+  if (sizeof(T) == 4 || is_float32) {
+    add(static_cast<const float*>(data));
+  } else {
+    add(static_cast<const T*>(data));
   }
 }
 
@@ -73,7 +96,7 @@ __device__ __forceinline__ Packed<T, N> pack(const float (&values)[N]) {
   return packed;
 }
 
-// The counterpart of load_mixed; `values` are left as they read back.
+// Into a tensor that holds T or float32; `values` are left as they read back.
 template <typename T, int N = vector_size<T>>
 __device__ __forceinline__ void store_mixed(void* data, bool is_float32, int64_t offset, int col,
                                             int cols, bool aligned, float (&values)[N]) {

@@ -16,8 +16,7 @@ struct Tile {
   static constexpr int threads = Threads, vectors = Vectors;
   static constexpr int rows = Threads == 32 ? 4 : 1;  // rows in flight in a block, a warp each
   static constexpr int block_threads = Threads * rows;
-  static constexpr bool prefetch = Vectors <= 2;
-  static constexpr int blocks_per_sm = block_threads >= 512 ? 1 : 512 / block_threads;
+  static constexpr int blocks_per_sm = rows > 1 ? 3 : 512 / block_threads;
 };
 
 struct Backward : Common {
@@ -27,107 +26,70 @@ struct Backward : Common {
   int64_t chunks;
 };
 
-// --- backward -----------------------------------------------------------------------------------
-
-// mean(g) and mean(g * xh) of a row, g = y_grad * w, xh = (x - mean) * r; each thread's products
-// pass through `visit` on the way.
+// mean(g) and mean(g * xh) of a row, with g = y_grad * w and xh = (x - mean) * r.
 struct RowMeans {
   float gradient, product;
 };
 
+// V vectors of a row as they lie in memory.
 template <typename T, typename X, int V>
 struct RowInput {
   Packed<X, vector_size<T>> x[V];
   Packed<T, vector_size<T>> y_grad[V];
+
+  __device__ __forceinline__ void load(const Backward& args, int64_t row, int col, int step) {
+    load_vectors(static_cast<const X*>(args.x.data) + row * args.x.stride, col, step, args.cols,
+                 args.aligned, x);
+    load_vectors(static_cast<const T*>(args.y_grad.data) + row * args.y_grad.stride, col, step,
+                 args.cols, args.aligned, y_grad);
+  }
 };
 
-template <typename T, typename X, typename Tile>
-__device__ __forceinline__ void load_row(const Backward& args, int64_t row, int thread,
-                                         RowInput<T, X, Tile::vectors>& in) {
-  constexpr int N = vector_size<T>;
-  const X* x = static_cast<const X*>(args.x.data) + row * args.x.stride;
-  const T* y_grad = static_cast<const T*>(args.y_grad.data) + row * args.y_grad.stride;
-#pragma unroll
-  for (int v = 0; v < Tile::vectors; ++v) {
-    const int col = (v * Tile::threads + thread) * N;
-    in.x[v] = load<X, N>(x, col, args.cols, args.aligned);
-    in.y_grad[v] = load<T, N>(y_grad, col, args.cols, args.aligned);
-  }
-}
+// The same as g and xh; the products that the sums over rows take on the way.
+template <typename T, int V>
+struct RowTerms {
+  static constexpr int N = vector_size<T>;
+  float g[V][N], normalized[V][N];
 
-// x_grad of one vector from g and xh; the residual's gradient joins before the rounding.
-template <typename T, typename X>
-__device__ __forceinline__ void store_x_grad(const Backward& args, int64_t row, int col,
-                                             const float (&g)[vector_size<T>],
-                                             const float (&normalized)[vector_size<T>],
-                                             RowMeans means, float inverse_std) {
-  constexpr int N = vector_size<T>;
-  float result[N];
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    result[i] = inverse_std * (g[i] - normalized[i] * means.product - means.gradient);
-  }
-  if (args.sum_grad.data != nullptr) {
-    const X* sum_grad = static_cast<const X*>(args.sum_grad.data) + row * args.sum_grad.stride;
-    const Packed<X, N> more = load<X, N>(sum_grad, col, args.cols, args.aligned);
-#pragma unroll
-    for (int i = 0; i < N; ++i) result[i] += to_float(more.values[i]);
-  }
-  store(static_cast<X*>(args.x_grad.data) + row * args.x_grad.stride, col, args.cols, args.aligned,
-        pack<X>(result));
-}
-
-// g and xh of one vector of the row.
-template <typename T, typename X>
-__device__ __forceinline__ void gradient_and_normalized(const Backward& args, int col,
-                                                        const Packed<X, vector_size<T>>& x,
-                                                        const Packed<T, vector_size<T>>& y_grad,
-                                                        float mean, float inverse_std,
-                                                        float (&g)[vector_size<T>],
-                                                        float (&normalized)[vector_size<T>]) {
-  float w[vector_size<T>];
-  load_weight<T>(args, col, w);
-#pragma unroll
-  for (int i = 0; i < vector_size<T>; ++i) {
-    g[i] = to_float(y_grad.values[i]) * w[i];
-    normalized[i] = col + i < args.cols ? (to_float(x.values[i]) - mean) * inverse_std : 0.0f;
-  }
-}
-
-template <typename T, typename X, bool Layer, typename Tile>
-struct RowBackward {
-  static constexpr int N = vector_size<T>, V = Tile::vectors;
-  float weight_sums[V][N] = {}, bias_sums[Layer ? V : 1][N] = {};
-
-  __device__ __forceinline__ void operator()(const Backward& args, int64_t row, int thread,
-                                             const RowInput<T, X, V>& in, float* scratch) {
-    const float mean = Layer ? args.mean[row] : 0.0f, inverse_std = args.inverse_std[row];
-    const auto col = [&](int v) { return (v * Tile::threads + thread) * N; };
-    float g[N], normalized[N], sums[Layer ? 2 : 1] = {};
+  template <typename X, typename Visit>
+  __device__ __forceinline__ void compute(const Backward& args, int64_t row, int col, int step,
+                                          const RowInput<T, X, V>& in, Visit visit) {
+    const float mean = args.mean != nullptr ? args.mean[row] : 0.0f;
+    const float inverse_std = args.inverse_std[row];
+    load_weight<T>(args, col, step, g);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      gradient_and_normalized<T, X>(args, col(v), in.x[v], in.y_grad[v], mean, inverse_std, g,
-                                    normalized);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
+        const bool inside = col + v * step + i < args.cols;
         const float y_grad = to_float(in.y_grad[v].values[i]);
-        weight_sums[v][i] += y_grad * normalized[i];
-        sums[0] += g[i] * normalized[i];
-        if constexpr (Layer) {
-          bias_sums[v][i] += y_grad;
-          sums[1] += g[i];
-        }
+        normalized[v][i] = inside ? (to_float(in.x[v].values[i]) - mean) * inverse_std : 0.0f;
+        g[v][i] *= y_grad;
+        visit(v, i, y_grad, y_grad * normalized[v][i]);
       }
     }
-    block_sum<Tile::threads>(sums, scratch);
-    const float cols = static_cast<float>(args.cols);
-    const RowMeans means = {Layer ? sums[Layer ? 1 : 0] / cols : 0.0f, sums[0] / cols};
+  }
+
+  // x_grad; the residual's gradient joins before the rounding.
+  template <typename X>
+  __device__ __forceinline__ void store_x_grad(const Backward& args, int64_t row, int col, int step,
+                                               RowMeans means) {
+    const float inverse_std = args.inverse_std[row];
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      if (col(v) >= args.cols) continue;
-      gradient_and_normalized<T, X>(args, col(v), in.x[v], in.y_grad[v], mean, inverse_std, g,
-                                    normalized);
-      store_x_grad<T, X>(args, row, col(v), g, normalized, means, inverse_std);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        g[v][i] = inverse_std * (g[v][i] - normalized[v][i] * means.product - means.gradient);
+      }
+    }
+    if (args.sum_grad.data != nullptr) {
+      add_vectors<T>(args.sum_grad.data, args.sum_grad.is_float32, row * args.sum_grad.stride, col,
+                     step, args.cols, args.aligned, g);
+    }
+    X* x_grad = static_cast<X*>(args.x_grad.data) + row * args.x_grad.stride;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      store(x_grad, col + v * step, args.cols, args.aligned, pack<X>(g[v]));
     }
   }
 };
@@ -170,41 +132,47 @@ __device__ __forceinline__ void store_partial(float* partial, const Backward& ar
 template <typename T, typename X, bool Layer, typename Tile>
 __global__ void __launch_bounds__(Tile::block_threads, Tile::blocks_per_sm)
     backward_kernel(const Backward args) {
-  constexpr int V = Tile::vectors, N = vector_size<T>;
+  constexpr int V = Tile::vectors, N = vector_size<T>, step = Tile::threads * N;
   __shared__ float scratch[2][64];
   __shared__ float exchange[Tile::rows > 1 ? Tile::block_threads * N : 1];
-  const int thread = threadIdx.x % Tile::threads;
+  const int thread = threadIdx.x % Tile::threads, col = thread * N;
   const int64_t rows_per_chunk = (args.rows + args.chunks - 1) / args.chunks;
   const int64_t begin = blockIdx.x * rows_per_chunk;
   const int64_t end = min(args.rows, begin + rows_per_chunk);
   const int64_t counted = min(end, counted_rows(args));
   int64_t row = begin + threadIdx.x / Tile::threads;
 
-  RowBackward<T, X, Layer, Tile> process;
-  RowInput<T, X, V> current, next;
-  if (row < counted) load_row<T, X, Tile>(args, row, thread, current);
+  float weight_sums[V][N] = {}, bias_sums[Layer ? V : 1][N] = {};
+  RowInput<T, X, V> in;
+  if (row < counted) in.load(args, row, col, step);
   for (int turn = 0; row < counted; row += Tile::rows, turn ^= 1) {
-    const int64_t following = row + Tile::rows;
-    if constexpr (Tile::prefetch) {
-      if (following < counted) load_row<T, X, Tile>(args, following, thread, next);
+    RowTerms<T, V> terms;
+    terms.compute(args, row, col, step, in, [&](int v, int i, float y_grad, float product) {
+      weight_sums[v][i] += product;
+      if constexpr (Layer) bias_sums[v][i] += y_grad;
+    });
+    if (row + Tile::rows < counted) in.load(args, row + Tile::rows, col, step);
+    float sums[Layer ? 2 : 1] = {};
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        sums[0] += terms.g[v][i] * terms.normalized[v][i];
+        if constexpr (Layer) sums[1] += terms.g[v][i];
+      }
     }
-    process(args, row, thread, current, scratch[turn]);
-    if constexpr (Tile::prefetch) {
-      current = next;
-    } else {
-      if (following < counted) load_row<T, X, Tile>(args, following, thread, current);
-    }
+    block_sum<Tile::threads>(sums, scratch[turn]);
+    const float cols = static_cast<float>(args.cols);
+    const RowMeans means = {Layer ? sums[Layer ? 1 : 0] / cols : 0.0f, sums[0] / cols};
+    terms.template store_x_grad<X>(args, row, col, step, means);
   }
   for (; row < end; row += Tile::rows) {
     for (int v = 0; v < V; ++v) {
-      const int col = (v * Tile::threads + thread) * N;
-      store_zeros<T>(args.x_grad, args.x_grad.is_float32, row, col, args);
+      store_zeros<T>(args.x_grad, args.x_grad.is_float32, row, col + v * step, args);
     }
   }
-  store_partial<Tile>(args.weight_partial, args, thread, process.weight_sums, exchange);
-  if constexpr (Layer) {
-    store_partial<Tile>(args.bias_partial, args, thread, process.bias_sums, exchange);
-  }
+  store_partial<Tile>(args.weight_partial, args, thread, weight_sums, exchange);
+  if constexpr (Layer) store_partial<Tile>(args.bias_partial, args, thread, bias_sums, exchange);
 }
 
 // Rows that outgrow the tiles: x_grad reads the row twice, the second time from L2.
@@ -214,21 +182,19 @@ __global__ void __launch_bounds__(Threads) long_x_grad_kernel(const Backward arg
   __shared__ float scratch[64];
   const int64_t row = blockIdx.x;
   const bool counted = row < counted_rows(args);
-  const float mean = Layer ? args.mean[row] : 0.0f, inverse_std = args.inverse_std[row];
-  const X* x = static_cast<const X*>(args.x.data) + row * args.x.stride;
-  const T* y_grad = static_cast<const T*>(args.y_grad.data) + row * args.y_grad.stride;
-  float g[N], normalized[N], sums[2] = {};
+  RowInput<T, X, 1> in;
+  RowTerms<T, 1> terms;
   const auto read = [&](int col) {
-    gradient_and_normalized<T, X>(args, col, load<X, N>(x, col, args.cols, args.aligned),
-                                  load<T, N>(y_grad, col, args.cols, args.aligned), mean,
-                                  inverse_std, g, normalized);
+    in.load(args, row, col, Threads * N);
+    terms.compute(args, row, col, Threads * N, in, [](int, int, float, float) {});
   };
+  float sums[2] = {};
   for (int col = threadIdx.x * N; counted && col < args.cols; col += Threads * N) {
     read(col);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      sums[0] += g[i] * normalized[i];
-      sums[1] += g[i];
+      sums[0] += terms.g[0][i] * terms.normalized[0][i];
+      sums[1] += terms.g[0][i];
     }
   }
   block_sum<Threads>(sums, scratch);
@@ -237,7 +203,7 @@ __global__ void __launch_bounds__(Threads) long_x_grad_kernel(const Backward arg
   for (int col = threadIdx.x * N; col < args.cols; col += Threads * N) {
     if (counted) {
       read(col);
-      store_x_grad<T, X>(args, row, col, g, normalized, means, inverse_std);
+      terms.template store_x_grad<X>(args, row, col, Threads * N, means);
     } else {
       store_zeros<T>(args.x_grad, args.x_grad.is_float32, row, col, args);
     }
@@ -289,9 +255,6 @@ void launch_backward(const Backward& args, Stream stream) {
   if (vectors <= 256) return launch_tile<T, X, Layer, Tile<128, 2>>(args, stream);
   if (vectors <= 512) return launch_tile<T, X, Layer, Tile<256, 2>>(args, stream);
   if (vectors <= 1024) return launch_tile<T, X, Layer, Tile<512, 2>>(args, stream);
-  if constexpr (!Layer) {  // with the bias's sums this tile would spill
-    if (vectors <= 2048) return launch_tile<T, X, Layer, Tile<512, 4>>(args, stream);
-  }
   launch(long_x_grad_kernel<T, X, Layer, 1024>,
          {.grid = dim3(args.rows), .block = dim3(1024), .stream = stream}, args);
   if (args.weight_partial == nullptr && args.bias_partial == nullptr) return;

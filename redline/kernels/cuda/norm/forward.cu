@@ -1,5 +1,5 @@
 // y = (x - m) * r * w + b (kernels/norm.h). The threads of a row hold it in registers: memory is
-// read once and written once, by 16-byte accesses, up to four of them in flight per thread. Rows
+// read once and written once, by 16-byte accesses, two of them in flight per thread. Rows
 // that outgrow a block are read again from L2. Bound by bytes; of the floor: bench/results.
 #include "redline/kernels/cuda/norm/row.cuh"
 
@@ -13,6 +13,7 @@ struct Tile {
   static constexpr int threads = Threads, vectors = Vectors;
   static constexpr int rows = Threads == 32 ? 4 : 1;  // rows of a block, a warp each
   static constexpr int block_threads = Threads * rows;
+  static constexpr int blocks_per_sm = 1024 / block_threads;  // 64 registers a thread
 };
 
 struct Forward : Common {
@@ -21,39 +22,46 @@ struct Forward : Common {
 };
 
 // x, or the rounded x + residual, which is stored on the way.
-template <typename T>
-__device__ __forceinline__ void load_input(const Forward& args, int64_t row, int col,
-                                           float (&x)[vector_size<T>]) {
-  constexpr int N = vector_size<T>;
-  load_mixed<T>(args.x.data, args.x.is_float32, row * args.x.stride, col, args.cols, args.aligned,
-                x);
-  if (args.residual.data == nullptr) return;
-  float residual[N];
-  load_mixed<T>(args.residual.data, args.residual.is_float32, row * args.residual.stride, col,
-                args.cols, args.aligned, residual);
+template <typename T, int V>
+__device__ __forceinline__ void load_input(const Forward& args, int64_t row, int col, int step,
+                                           float (&x)[V][vector_size<T>]) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) x[i] += residual[i];
-  store_mixed<T>(args.sum.data, args.sum.is_float32, row * args.sum.stride, col, args.cols,
+  for (int v = 0; v < V; ++v) {
+#pragma unroll
+    for (int i = 0; i < vector_size<T>; ++i) x[v][i] = 0.0f;
+  }
+  add_vectors<T>(args.x.data, args.x.is_float32, row * args.x.stride, col, step, args.cols,
                  args.aligned, x);
+  if (args.residual.data == nullptr) return;
+  add_vectors<T>(args.residual.data, args.residual.is_float32, row * args.residual.stride, col,
+                 step, args.cols, args.aligned, x);
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    store_mixed<T>(args.sum.data, args.sum.is_float32, row * args.sum.stride, col + v * step,
+                   args.cols, args.aligned, x[v]);
+  }
 }
 
-template <typename T>
-__device__ __forceinline__ void store_output(const Forward& args, int64_t row, int col,
-                                             const float (&x)[vector_size<T>], float mean,
+template <typename T, int V>
+__device__ __forceinline__ void store_output(const Forward& args, int64_t row, int col, int step,
+                                             float (&x)[V][vector_size<T>], float mean,
                                              float inverse_std) {
   constexpr int N = vector_size<T>;
-  float w[N], y[N], b[N];
-  load_weight<T>(args, col, w);
+  float w[V][N];
+  load_weight<T>(args, col, step, w);
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[v][i] = (x[v][i] - mean) * inverse_std * w[v][i];
+  }
   if (args.bias.data != nullptr) {
-    load_mixed<T>(args.bias.data, args.bias.is_float32, 0, col, args.cols, args.aligned, b);
+    add_vectors<T>(args.bias.data, args.bias.is_float32, 0, col, step, args.cols, args.aligned, x);
   }
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    y[i] = (x[i] - mean) * inverse_std * w[i];
-    if (args.bias.data != nullptr) y[i] += b[i];
+  for (int v = 0; v < V; ++v) {
+    store(static_cast<T*>(args.y.data) + row * args.y.stride, col + v * step, args.cols,
+          args.aligned, pack<T>(x[v]));
   }
-  store(static_cast<T*>(args.y.data) + row * args.y.stride, col, args.cols, args.aligned,
-        pack<T>(y));
 }
 
 // Rows from the device's row count on.
@@ -76,18 +84,19 @@ __device__ __forceinline__ void store_statistics(const Forward& args, int64_t ro
 }
 
 template <typename T, bool Layer, typename Tile>
-__global__ void __launch_bounds__(Tile::block_threads) forward_kernel(const Forward args) {
+__global__ void __launch_bounds__(Tile::block_threads, Tile::blocks_per_sm)
+    forward_kernel(const Forward args) {
   constexpr int N = vector_size<T>, V = Tile::vectors;
   __shared__ float scratch[2][32];
   const int thread = threadIdx.x % Tile::threads;
   const int64_t row = int64_t{blockIdx.x} * Tile::rows + threadIdx.x / Tile::threads;
   if (row >= args.rows) return;
   if (row >= counted_rows(args)) return zero_row<T, Tile::threads>(args, row, thread);
-  const auto col = [&](int v) { return (v * Tile::threads + thread) * N; };
+  constexpr int step = Tile::threads * N;
+  const int col = thread * N;
 
   float x[V][N];
-#pragma unroll
-  for (int v = 0; v < V; ++v) load_input<T>(args, row, col(v), x[v]);
+  load_input<T>(args, row, col, step, x);
 
   float mean = 0.0f;
   if constexpr (Layer) {
@@ -105,7 +114,7 @@ __global__ void __launch_bounds__(Tile::block_threads) forward_kernel(const Forw
   for (int v = 0; v < V; ++v) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float centered = !Layer || col(v) + i < args.cols ? x[v][i] - mean : 0.0f;
+      const float centered = !Layer || col + v * step + i < args.cols ? x[v][i] - mean : 0.0f;
       squares[0] += centered * centered;
     }
   }
@@ -113,35 +122,37 @@ __global__ void __launch_bounds__(Tile::block_threads) forward_kernel(const Forw
   const float inverse_std = 1.0f / sqrtf(squares[0] / args.cols + args.epsilon);
   if (thread == 0) store_statistics(args, row, mean, inverse_std);
 
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    if (col(v) < args.cols) store_output<T>(args, row, col(v), x[v], mean, inverse_std);
-  }
+  store_output<T>(args, row, col, step, x, mean, inverse_std);
 }
 
 // Rows that outgrow a block's registers are read again from L2: the sum when there is a residual.
-template <typename T>
-__device__ __forceinline__ void reload_input(const Forward& args, int64_t row, int col,
-                                             float (&x)[vector_size<T>]) {
+template <typename T, int V>
+__device__ __forceinline__ void reload_input(const Forward& args, int64_t row, int col, int step,
+                                             float (&x)[V][vector_size<T>]) {
   const Matrix& from = args.residual.data != nullptr ? args.sum : args.x;
-  load_mixed<T>(from.data, from.is_float32, row * from.stride, col, args.cols, args.aligned, x);
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+#pragma unroll
+    for (int i = 0; i < vector_size<T>; ++i) x[v][i] = 0.0f;
+  }
+  add_vectors<T>(from.data, from.is_float32, row * from.stride, col, step, args.cols, args.aligned,
+                 x);
 }
 
 template <typename T, bool Layer, int Threads>
 __global__ void __launch_bounds__(Threads) long_forward_kernel(const Forward args) {
-  constexpr int N = vector_size<T>;
-  constexpr int step = Threads * N;
-  const int first = threadIdx.x * N;
+  constexpr int N = vector_size<T>, V = 2, step = Threads * N, stride = V * step;
   __shared__ float scratch[2][32];
   const int64_t row = blockIdx.x;
+  const int first = threadIdx.x * N;
   if (row >= counted_rows(args)) return zero_row<T, Threads>(args, row, threadIdx.x);
-  float x[N], total[1] = {}, squares[1] = {};
-  for (int col = first; col < args.cols; col += step) {
-    load_input<T>(args, row, col, x);
+  float x[V][N], total[1] = {}, squares[1] = {};
+  for (int col = first; col < args.cols; col += stride) {
+    load_input<T>(args, row, col, step, x);
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      total[0] += x[i];
-      squares[0] += x[i] * x[i];
+    for (int k = 0; k < V * N; ++k) {
+      total[0] += x[k / N][k % N];
+      squares[0] += x[k / N][k % N] * x[k / N][k % N];
     }
   }
   float mean = 0.0f;
@@ -149,11 +160,12 @@ __global__ void __launch_bounds__(Threads) long_forward_kernel(const Forward arg
     block_sum<Threads>(total, scratch[0]);
     mean = total[0] / args.cols;
     squares[0] = 0.0f;
-    for (int col = first; col < args.cols; col += step) {
-      reload_input<T>(args, row, col, x);
+    for (int col = first; col < args.cols; col += stride) {
+      reload_input<T>(args, row, col, step, x);
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const float centered = col + i < args.cols ? x[i] - mean : 0.0f;
+      for (int k = 0; k < V * N; ++k) {
+        const float centered =
+            col + k / N * step + k % N < args.cols ? x[k / N][k % N] - mean : 0.0f;
         squares[0] += centered * centered;
       }
     }
@@ -161,9 +173,9 @@ __global__ void __launch_bounds__(Threads) long_forward_kernel(const Forward arg
   block_sum<Threads>(squares, scratch[1]);
   const float inverse_std = 1.0f / sqrtf(squares[0] / args.cols + args.epsilon);
   if (threadIdx.x == 0) store_statistics(args, row, mean, inverse_std);
-  for (int col = first; col < args.cols; col += step) {
-    reload_input<T>(args, row, col, x);
-    store_output<T>(args, row, col, x, mean, inverse_std);
+  for (int col = first; col < args.cols; col += stride) {
+    reload_input<T>(args, row, col, step, x);
+    store_output<T>(args, row, col, step, x, mean, inverse_std);
   }
 }
 
@@ -176,18 +188,18 @@ void launch_tile(const Forward& args, Stream stream) {
          args);
 }
 
-// The narrowest tile that holds the row: more rows per multiprocessor, shorter sums.
+// The narrowest tile that holds the row: more rows per multiprocessor, shorter sums. Two vectors
+// per thread: four take 88 registers and leave too few threads on a multiprocessor.
 template <typename T, bool Layer>
 void launch_forward(const Forward& args, Stream stream) {
   const int64_t vectors = ceil_div(args.cols, vector_size<T>);
   if (vectors <= 32) return launch_tile<T, Layer, Tile<32, 1>>(args, stream);
   if (vectors <= 64) return launch_tile<T, Layer, Tile<32, 2>>(args, stream);
-  if (vectors <= 128) return launch_tile<T, Layer, Tile<32, 4>>(args, stream);
+  if (vectors <= 128) return launch_tile<T, Layer, Tile<128, 1>>(args, stream);
   if (vectors <= 256) return launch_tile<T, Layer, Tile<128, 2>>(args, stream);
-  if (vectors <= 512) return launch_tile<T, Layer, Tile<128, 4>>(args, stream);
-  if (vectors <= 1024) return launch_tile<T, Layer, Tile<256, 4>>(args, stream);
-  if (vectors <= 2048) return launch_tile<T, Layer, Tile<512, 4>>(args, stream);
-  if (vectors <= 4096) return launch_tile<T, Layer, Tile<1024, 4>>(args, stream);
+  if (vectors <= 512) return launch_tile<T, Layer, Tile<256, 2>>(args, stream);
+  if (vectors <= 1024) return launch_tile<T, Layer, Tile<512, 2>>(args, stream);
+  if (vectors <= 2048) return launch_tile<T, Layer, Tile<1024, 2>>(args, stream);
   launch(long_forward_kernel<T, Layer, 1024>,
          {.grid = dim3(args.rows), .block = dim3(1024), .stream = stream}, args);
 }

@@ -54,18 +54,19 @@ __device__ __forceinline__ int64_t counted_rows(const Common& args) {
   return min(max(*args.row_count, int64_t{0}), args.rows);
 }
 
-template <typename T>
-__device__ __forceinline__ void load_weight(const Common& args, int col,
-                                            float (&w)[vector_size<T>]) {
-  constexpr int N = vector_size<T>;
-  if (args.weight.data == nullptr) {
+// weight of V vectors, 1 + weight when zero_centered, 1 without one.
+template <typename T, int V>
+__device__ __forceinline__ void load_weight(const Common& args, int col, int step,
+                                            float (&w)[V][vector_size<T>]) {
+  const float start = args.weight.data == nullptr ? 1.0f : args.offset;
 #pragma unroll
-    for (int i = 0; i < N; ++i) w[i] = 1.0f;
-    return;
+  for (int v = 0; v < V; ++v) {
+#pragma unroll
+    for (int i = 0; i < vector_size<T>; ++i) w[v][i] = start;
   }
-  load_mixed<T>(args.weight.data, args.weight.is_float32, 0, col, args.cols, args.aligned, w);
-#pragma unroll
-  for (int i = 0; i < N; ++i) w[i] += args.offset;
+  if (args.weight.data == nullptr) return;
+  add_vectors<T>(args.weight.data, args.weight.is_float32, 0, col, step, args.cols, args.aligned,
+                 w);
 }
 
 template <typename T>
