@@ -61,15 +61,25 @@ void finish_write(void* data, DType dtype, int64_t offset, int count, const Bloc
   }
 }
 
-// Row `row` of a [rows, cols] view, in blocks.
+// Row `row` of a [rows, cols] view, in blocks. Asked for the same block again, as every pass over a
+// row of one block does, it does not convert twice.
 template <typename Acc>
 struct RowReader {
   const TensorView& view;
   int64_t row;
   Block<Acc>& block;
+  int64_t held_col = -1;
+  const Acc* held = nullptr;
 
-  const Acc* operator()(int64_t col, int count) const {
-    return read<Acc>(view.data, view.dtype, row * view.strides[0] + col, count, block);
+  RowReader(const TensorView& view, int64_t row, Block<Acc>& block)
+      : view(view), row(row), block(block) {}
+
+  const Acc* operator()(int64_t col, int count) {
+    if (col != held_col) {
+      held = read<Acc>(view.data, view.dtype, row * view.strides[0] + col, count, block);
+      held_col = col;
+    }
+    return held;
   }
 };
 

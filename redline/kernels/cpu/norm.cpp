@@ -33,7 +33,12 @@ struct Affine {
   Affine(const TensorView& weight, const TensorView& bias, bool zero_centered)
       : weight(weight), bias(bias), offset(broadcast<Acc>(zero_centered ? 1 : 0)) {}
 
+  int64_t held_col = -1;
+
+  // Rows of one block read the parameters once for all rows.
   void read_block(int64_t col, int count) {
+    if (col == held_col) return;
+    held_col = col;
     if (weight) weights = read<Acc>(weight.data, weight.dtype, col, count, weight_block);
     if (bias) biases = read<Acc>(bias.data, bias.dtype, col, count, bias_block);
   }
@@ -49,7 +54,7 @@ struct Affine {
 template <typename Acc>
 void add_row(const NormForward& args, int64_t row) {
   Block<Acc> x_block, residual_block, sum_block;
-  const RowReader<Acc> x{args.x, row, x_block}, residual{args.residual, row, residual_block};
+  RowReader<Acc> x(args.x, row, x_block), residual(args.residual, row, residual_block);
   for_blocks(args.x.sizes[1], [&](int64_t col, int count) {
     const Acc* a = x(col, count);
     const Acc* b = residual(col, count);
@@ -75,7 +80,7 @@ struct Statistics {
 
 // Two passes for layer: the sum of (x - mean)^2 loses nothing to cancellation.
 template <typename Acc>
-Statistics<Acc> row_statistics(const RowReader<Acc>& x, int64_t cols, Norm norm, double epsilon) {
+Statistics<Acc> row_statistics(RowReader<Acc>& x, int64_t cols, Norm norm, double epsilon) {
   Acc mean = 0;
   if (norm == Norm::layer) {
     for_blocks(cols, [&](int64_t col, int count) {
@@ -112,7 +117,7 @@ void forward_rows(const NormForward& args, Range rows) {
       continue;
     }
     if (args.residual) add_row<Acc>(args, row);
-    const RowReader<Acc> x{source, row, x_block};
+    RowReader<Acc> x(source, row, x_block);
     const Statistics<Acc> found = row_statistics<Acc>(x, cols, args.norm, args.epsilon);
     args.inverse_std.as<Acc>()[row] = found.inverse_std;
     if (args.mean) args.mean.as<Acc>()[row] = found.mean;
@@ -139,11 +144,18 @@ struct BackwardRow {
   Block<Acc> x_block, y_grad_block, sum_grad_block, x_grad_block;
   const Acc* x = nullptr;
   const Acc* y_grad = nullptr;
+  int64_t held_col = -1;
 
+  void begin(int64_t next_row) {
+    row = next_row;
+    held_col = -1;
+  }
   void read_block(int64_t col, int count) {
-    x = RowReader<Acc>{args.x, row, x_block}(col, count);
-    y_grad = RowReader<Acc>{args.y_grad, row, y_grad_block}(col, count);
     affine.read_block(col, count);
+    if (col == held_col) return;
+    held_col = col;
+    x = RowReader<Acc>(args.x, row, x_block)(col, count);
+    y_grad = RowReader<Acc>(args.y_grad, row, y_grad_block)(col, count);
   }
 };
 
@@ -153,6 +165,31 @@ struct RowMeans {
   Acc gradient = 0, product = 0;
 };
 
+// Two running vectors for each sum: one loop reads everything once.
+template <typename Acc>
+RowMeans<Acc> accumulate_block(const BackwardRow<Acc>& at, int count, Acc mean, Acc inverse_std,
+                               Acc* weight_sums, Acc* bias_sums) {
+  constexpr int n = lanes<Acc>;
+  Vector<Acc> gradient_a{}, gradient_b{}, product_a{}, product_b{};
+  const auto add = [&](int i, int n, Vector<Acc>& gradients, Vector<Acc>& products) {
+    const Vector<Acc> y_grad = load(at.y_grad + i, n);
+    const Vector<Acc> product = first<Acc>(y_grad * (load(at.x + i, n) - mean) * inverse_std, n);
+    const Vector<Acc> scale = at.affine.scale(i, n);
+    if (weight_sums) store(weight_sums + i, load(weight_sums + i, n) + product, n);
+    if (bias_sums) store(bias_sums + i, load(bias_sums + i, n) + y_grad, n);
+    gradients += y_grad * scale;
+    products += product * scale;
+  };
+  int i = 0;
+  for (; i + 2 * n <= count; i += 2 * n) {
+    add(i, n, gradient_a, product_a);
+    add(i + n, n, gradient_b, product_b);
+  }
+  for (; i + n <= count; i += n) add(i, n, gradient_a, product_a);
+  if (i < count) add(i, count - i, gradient_b, product_b);
+  return {sum_lanes<Acc>(gradient_a + gradient_b), sum_lanes<Acc>(product_a + product_b)};
+}
+
 template <typename Acc>
 RowMeans<Acc> accumulate_row(BackwardRow<Acc>& at, Acc mean, Acc inverse_std, Acc* weight_sums,
                              Acc* bias_sums) {
@@ -160,19 +197,11 @@ RowMeans<Acc> accumulate_row(BackwardRow<Acc>& at, Acc mean, Acc inverse_std, Ac
   const int64_t cols = at.args.x.sizes[1];
   for_blocks(cols, [&](int64_t col, int count) {
     at.read_block(col, count);
-    means.gradient += sum<Acc>(count, [&](int i, int n) {
-      return first<Acc>(load(at.y_grad + i, n) * at.affine.scale(i, n), n);
-    });
-    means.product += sum<Acc>(count, [&](int i, int n) {
-      const Vector<Acc> gradient = load(at.y_grad + i, n);
-      const Vector<Acc> normalized = (load(at.x + i, n) - mean) * inverse_std;
-      if (weight_sums) {
-        Acc* sums = weight_sums + col + i;
-        store(sums, load(sums, n) + gradient * normalized, n);
-      }
-      if (bias_sums) store(bias_sums + col + i, load(bias_sums + col + i, n) + gradient, n);
-      return first<Acc>(gradient * at.affine.scale(i, n) * normalized, n);
-    });
+    const RowMeans<Acc> more =
+        accumulate_block(at, count, mean, inverse_std, weight_sums ? weight_sums + col : nullptr,
+                         bias_sums ? bias_sums + col : nullptr);
+    means.gradient += more.gradient;
+    means.product += more.product;
   });
   means.gradient /= static_cast<Acc>(cols);
   means.product /= static_cast<Acc>(cols);
@@ -186,7 +215,7 @@ void write_x_grad(BackwardRow<Acc>& at, RowMeans<Acc> means, Acc mean, Acc inver
   for_blocks(args.x.sizes[1], [&](int64_t col, int count) {
     at.read_block(col, count);
     const Acc* sum_grad = args.sum_grad
-                              ? RowReader<Acc>{args.sum_grad, at.row, at.sum_grad_block}(col, count)
+                              ? RowReader<Acc>(args.sum_grad, at.row, at.sum_grad_block)(col, count)
                               : nullptr;
     const int64_t offset = at.row * args.x_grad.strides[0] + col;
     Acc* out = begin_write(args.x_grad.data, args.x_grad.dtype, offset, at.x_grad_block);
@@ -222,7 +251,7 @@ void backward_rows(const NormBackward& args, int64_t chunk, Range rows) {
       write_zeros(args.x_grad, row);
       continue;
     }
-    at.row = row;
+    at.begin(row);
     const Acc inverse_std = args.inverse_std.as<const Acc>()[row];
     const Acc mean = args.mean ? args.mean.as<const Acc>()[row] : 0;
     const RowMeans<Acc> means = accumulate_row(at, mean, inverse_std, weight_sums, bias_sums);

@@ -91,24 +91,30 @@ REDLINE_INLINE Acc sum_lanes(Vector<Acc> v) {
 
 template <typename Acc>
 REDLINE_INLINE Acc max_lanes(Vector<Acc> v) {
-  Acc result = v[0];
-  for (int i = 1; i < lanes<Acc>; ++i) result = v[i] > result ? v[i] : result;
+  Acc values[lanes<Acc>];
+  memcpy(values, &v, sizeof(v));
+  Acc result = values[0];
+  for (int i = 1; i < lanes<Acc>; ++i) result = values[i] > result ? values[i] : result;
   return result;
 }
 
 // Sum of term(offset, count) over [0, count): four running vectors hide the latency of the add.
-// A term must be zero in the lanes past `count`.
+// A term must be zero in the lanes past `count`. The vectors are named: an array indexed by the
+// loop would live in memory.
 template <typename Acc, typename Term>
 REDLINE_INLINE Acc sum(int count, Term term) {
-  Vector<Acc> sums[4] = {};
+  constexpr int n = lanes<Acc>;
+  Vector<Acc> a{}, b{}, c{}, d{};
   int i = 0;
-  for (; i + 4 * lanes<Acc> <= count; i += 4 * lanes<Acc>) {
-    for (int k = 0; k < 4; ++k) sums[k] += term(i + k * lanes<Acc>, lanes<Acc>);
+  for (; i + 4 * n <= count; i += 4 * n) {
+    a += term(i, n);
+    b += term(i + n, n);
+    c += term(i + 2 * n, n);
+    d += term(i + 3 * n, n);
   }
-  for (int k = 0; i < count; ++k, i += lanes<Acc>) {
-    sums[k & 3] += count - i < lanes<Acc> ? term(i, count - i) : term(i, lanes<Acc>);
-  }
-  return sum_lanes<Acc>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; i + n <= count; i += n) a += term(i, n);
+  if (i < count) b += term(i, count - i);
+  return sum_lanes<Acc>((a + b) + (c + d));
 }
 
 // --- 16-bit storage ---------------------------------------------------------------------------
