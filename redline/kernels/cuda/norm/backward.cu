@@ -46,7 +46,7 @@ struct RowInput {
 };
 
 // The same as g and xh; the products that the sums over rows take on the way.
-template <typename T, int V>
+template <typename T, bool Layer, int V>
 struct RowTerms {
   static constexpr int N = vector_size<T>;
   float g[V][N], normalized[V][N];
@@ -54,16 +54,15 @@ struct RowTerms {
   template <typename X, typename Visit>
   __device__ __forceinline__ void compute(const Backward& args, int64_t row, int col, int step,
                                           const RowInput<T, X, V>& in, Visit visit) {
-    const float mean = args.mean != nullptr ? args.mean[row] : 0.0f;
+    const float mean = Layer ? args.mean[row] : 0.0f;
     const float inverse_std = args.inverse_std[row];
     load_weight<T>(args, col, step, g);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const bool inside = col + v * step + i < args.cols;
-        const float y_grad = to_float(in.y_grad[v].values[i]);
-        normalized[v][i] = inside ? (to_float(in.x[v].values[i]) - mean) * inverse_std : 0.0f;
+        const float y_grad = to_float(in.y_grad[v].values[i]);  // zero past the row's end
+        normalized[v][i] = (to_float(in.x[v].values[i]) - mean) * inverse_std;
         g[v][i] *= y_grad;
         visit(v, i, y_grad, y_grad * normalized[v][i]);
       }
@@ -79,12 +78,15 @@ struct RowTerms {
     for (int v = 0; v < V; ++v) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        g[v][i] = inverse_std * (g[v][i] - normalized[v][i] * means.product - means.gradient);
+        g[v][i] -= normalized[v][i] * means.product;
+        if constexpr (Layer) g[v][i] -= means.gradient;
+        g[v][i] *= inverse_std;
       }
     }
     if (args.sum_grad.data != nullptr) {
-      add_vectors<T>(args.sum_grad.data, args.sum_grad.is_float32, row * args.sum_grad.stride, col,
-                     step, args.cols, args.aligned, g);
+      take_vectors<T>(args.sum_grad.data, args.sum_grad.is_float32, row * args.sum_grad.stride, col,
+                      step, args.cols, args.aligned, g,
+                      [](float& value, float loaded) { value += loaded; });
     }
     X* x_grad = static_cast<X*>(args.x_grad.data) + row * args.x_grad.stride;
 #pragma unroll
@@ -146,7 +148,7 @@ __global__ void __launch_bounds__(Tile::block_threads, Tile::blocks_per_sm)
   RowInput<T, X, V> in;
   if (row < counted) in.load(args, row, col, step);
   for (int turn = 0; row < counted; row += Tile::rows, turn ^= 1) {
-    RowTerms<T, V> terms;
+    RowTerms<T, Layer, V> terms;
     terms.compute(args, row, col, step, in, [&](int v, int i, float y_grad, float product) {
       weight_sums[v][i] += product;
       if constexpr (Layer) bias_sums[v][i] += y_grad;
@@ -183,7 +185,7 @@ __global__ void __launch_bounds__(Threads) long_x_grad_kernel(const Backward arg
   const int64_t row = blockIdx.x;
   const bool counted = row < counted_rows(args);
   RowInput<T, X, 1> in;
-  RowTerms<T, 1> terms;
+  RowTerms<T, Layer, 1> terms;
   const auto read = [&](int col) {
     in.load(args, row, col, Threads * N);
     terms.compute(args, row, col, Threads * N, in, [](int, int, float, float) {});

@@ -1,5 +1,5 @@
 // y = (x - m) * r * w + b (kernels/norm.h). The threads of a row hold it in registers: memory is
-// read once and written once, by 16-byte accesses, two of them in flight per thread. Rows
+// read once and written once, by 16-byte accesses, up to four of them in flight per thread. Rows
 // that outgrow a block are read again from L2. Bound by bytes; of the floor: bench/results.
 #include "redline/kernels/cuda/norm/row.cuh"
 
@@ -13,7 +13,7 @@ struct Tile {
   static constexpr int threads = Threads, vectors = Vectors;
   static constexpr int rows = Threads == 32 ? 4 : 1;  // rows of a block, a warp each
   static constexpr int block_threads = Threads * rows;
-  static constexpr int blocks_per_sm = 1024 / block_threads;  // 64 registers a thread
+  static constexpr int blocks_per_sm = 768 / block_threads;  // 85 registers a thread
 };
 
 struct Forward : Common {
@@ -21,20 +21,28 @@ struct Forward : Common {
   float epsilon;
 };
 
-// x, or the rounded x + residual, which is stored on the way.
+// x of V vectors; with a residual the rounded x + residual, which is stored on the way. A float32
+// residual comes two vectors at a time: more would not fit the registers.
 template <typename T, int V>
 __device__ __forceinline__ void load_input(const Forward& args, int64_t row, int col, int step,
                                            float (&x)[V][vector_size<T>]) {
+  constexpr int N = vector_size<T>, group = V < 2 ? V : 2;
+  Packed<T, N> raw[V];
+  load_vectors(static_cast<const T*>(args.x.data) + row * args.x.stride, col, step, args.cols,
+               args.aligned, raw);
 #pragma unroll
   for (int v = 0; v < V; ++v) {
 #pragma unroll
-    for (int i = 0; i < vector_size<T>; ++i) x[v][i] = 0.0f;
+    for (int i = 0; i < N; ++i) x[v][i] = to_float(raw[v].values[i]);
   }
-  add_vectors<T>(args.x.data, args.x.is_float32, row * args.x.stride, col, step, args.cols,
-                 args.aligned, x);
   if (args.residual.data == nullptr) return;
-  add_vectors<T>(args.residual.data, args.residual.is_float32, row * args.residual.stride, col,
-                 step, args.cols, args.aligned, x);
+#pragma unroll
+  for (int first = 0; first < V; first += group) {
+    auto& part = reinterpret_cast<float(&)[group][N]>(x[first]);
+    take_vectors<T>(args.residual.data, args.residual.is_float32, row * args.residual.stride,
+                    col + first * step, step, args.cols, args.aligned, part,
+                    [](float& value, float loaded) { value += loaded; });
+  }
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     store_mixed<T>(args.sum.data, args.sum.is_float32, row * args.sum.stride, col + v * step,
@@ -42,25 +50,30 @@ __device__ __forceinline__ void load_input(const Forward& args, int64_t row, int
   }
 }
 
+// Two vectors at a time: more would hold too many weights in registers.
 template <typename T, int V>
 __device__ __forceinline__ void store_output(const Forward& args, int64_t row, int col, int step,
                                              float (&x)[V][vector_size<T>], float mean,
                                              float inverse_std) {
-  constexpr int N = vector_size<T>;
-  float w[V][N];
-  load_weight<T>(args, col, step, w);
+  constexpr int N = vector_size<T>, group = V < 2 ? V : 2;
+  T* y = static_cast<T*>(args.y.data) + row * args.y.stride;
 #pragma unroll
-  for (int v = 0; v < V; ++v) {
+  for (int first = 0; first < V; first += group, col += group * step) {
+    float w[group][N];
+    load_weight<T>(args, col, step, w);
 #pragma unroll
-    for (int i = 0; i < N; ++i) x[v][i] = (x[v][i] - mean) * inverse_std * w[v][i];
-  }
-  if (args.bias.data != nullptr) {
-    add_vectors<T>(args.bias.data, args.bias.is_float32, 0, col, step, args.cols, args.aligned, x);
-  }
+    for (int v = 0; v < group; ++v) {
 #pragma unroll
-  for (int v = 0; v < V; ++v) {
-    store(static_cast<T*>(args.y.data) + row * args.y.stride, col + v * step, args.cols,
-          args.aligned, pack<T>(x[v]));
+      for (int i = 0; i < N; ++i) w[v][i] *= (x[first + v][i] - mean) * inverse_std;
+    }
+    if (args.bias.data != nullptr) {
+      take_vectors<T>(args.bias.data, args.bias.is_float32, 0, col, step, args.cols, args.aligned,
+                      w, [](float& value, float loaded) { value += loaded; });
+    }
+#pragma unroll
+    for (int v = 0; v < group; ++v) {
+      store(y, col + v * step, args.cols, args.aligned, pack<T>(w[v]));
+    }
   }
 }
 
@@ -98,7 +111,7 @@ __global__ void __launch_bounds__(Tile::block_threads, Tile::blocks_per_sm)
   float x[V][N];
   load_input<T>(args, row, col, step, x);
 
-  float mean = 0.0f;
+  float mean = 0.0f;  // rms: the compiler drops it
   if constexpr (Layer) {
     float total[1] = {};
 #pragma unroll
@@ -112,11 +125,7 @@ __global__ void __launch_bounds__(Tile::block_threads, Tile::blocks_per_sm)
   float squares[1] = {};
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const float centered = !Layer || col + v * step + i < args.cols ? x[v][i] - mean : 0.0f;
-      squares[0] += centered * centered;
-    }
+    squares[0] = sum_of_squares(x[v], mean, col + v * step, args.cols, squares[0]);
   }
   block_sum<Tile::threads>(squares, scratch[1]);
   const float inverse_std = 1.0f / sqrtf(squares[0] / args.cols + args.epsilon);
@@ -130,13 +139,8 @@ template <typename T, int V>
 __device__ __forceinline__ void reload_input(const Forward& args, int64_t row, int col, int step,
                                              float (&x)[V][vector_size<T>]) {
   const Matrix& from = args.residual.data != nullptr ? args.sum : args.x;
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-#pragma unroll
-    for (int i = 0; i < vector_size<T>; ++i) x[v][i] = 0.0f;
-  }
-  add_vectors<T>(from.data, from.is_float32, row * from.stride, col, step, args.cols, args.aligned,
-                 x);
+  take_vectors<T>(from.data, from.is_float32, row * from.stride, col, step, args.cols, args.aligned,
+                  x, [](float& value, float loaded) { value = loaded; });
 }
 
 template <typename T, bool Layer, int Threads>
@@ -163,10 +167,8 @@ __global__ void __launch_bounds__(Threads) long_forward_kernel(const Forward arg
     for (int col = first; col < args.cols; col += stride) {
       reload_input<T>(args, row, col, step, x);
 #pragma unroll
-      for (int k = 0; k < V * N; ++k) {
-        const float centered =
-            col + k / N * step + k % N < args.cols ? x[k / N][k % N] - mean : 0.0f;
-        squares[0] += centered * centered;
+      for (int v = 0; v < V; ++v) {
+        squares[0] = sum_of_squares(x[v], mean, col + v * step, args.cols, squares[0]);
       }
     }
   }
@@ -195,11 +197,11 @@ void launch_forward(const Forward& args, Stream stream) {
   const int64_t vectors = ceil_div(args.cols, vector_size<T>);
   if (vectors <= 32) return launch_tile<T, Layer, Tile<32, 1>>(args, stream);
   if (vectors <= 64) return launch_tile<T, Layer, Tile<32, 2>>(args, stream);
-  if (vectors <= 128) return launch_tile<T, Layer, Tile<128, 1>>(args, stream);
-  if (vectors <= 256) return launch_tile<T, Layer, Tile<128, 2>>(args, stream);
-  if (vectors <= 512) return launch_tile<T, Layer, Tile<256, 2>>(args, stream);
-  if (vectors <= 1024) return launch_tile<T, Layer, Tile<512, 2>>(args, stream);
-  if (vectors <= 2048) return launch_tile<T, Layer, Tile<1024, 2>>(args, stream);
+  if (vectors <= 128) return launch_tile<T, Layer, Tile<32, 4>>(args, stream);
+  if (vectors <= 256) return launch_tile<T, Layer, Tile<64, 4>>(args, stream);
+  if (vectors <= 512) return launch_tile<T, Layer, Tile<128, 4>>(args, stream);
+  if (vectors <= 1024) return launch_tile<T, Layer, Tile<256, 4>>(args, stream);
+  if (vectors <= 2048) return launch_tile<T, Layer, Tile<512, 4>>(args, stream);
   launch(long_forward_kernel<T, Layer, 1024>,
          {.grid = dim3(args.rows), .block = dim3(1024), .stream = stream}, args);
 }

@@ -58,15 +58,32 @@ __device__ __forceinline__ int64_t counted_rows(const Common& args) {
 template <typename T, int V>
 __device__ __forceinline__ void load_weight(const Common& args, int col, int step,
                                             float (&w)[V][vector_size<T>]) {
-  const float start = args.weight.data == nullptr ? 1.0f : args.offset;
+  if (args.weight.data == nullptr) {
 #pragma unroll
-  for (int v = 0; v < V; ++v) {
+    for (int v = 0; v < V; ++v) {
 #pragma unroll
-    for (int i = 0; i < vector_size<T>; ++i) w[v][i] = start;
+      for (int i = 0; i < vector_size<T>; ++i) w[v][i] = 1.0f;
+    }
+    return;
   }
-  if (args.weight.data == nullptr) return;
-  add_vectors<T>(args.weight.data, args.weight.is_float32, 0, col, step, args.cols, args.aligned,
-                 w);
+  take_vectors<T>(args.weight.data, args.weight.is_float32, 0, col, step, args.cols, args.aligned,
+                  w, [&](float& value, float loaded) { value = loaded + args.offset; });
+}
+
+// A vector's elements inside the row: all but in the row's last vector.
+template <int N>
+__device__ __forceinline__ float sum_of_squares(const float (&x)[N], float mean, int col, int cols,
+                                                float total) {
+  if (col + N <= cols) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) total += (x[i] - mean) * (x[i] - mean);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (col + i < cols) total += (x[i] - mean) * (x[i] - mean);
+    }
+  }
+  return total;
 }
 
 template <typename T>
