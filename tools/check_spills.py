@@ -1,0 +1,76 @@
+#!/usr/bin/env python3
+"""Compiles the CUDA kernels for an architecture; fails where one does not compile or spills registers.
+
+    check_spills.py --arch sm_90a                 every .cu under redline/kernels/cuda
+    check_spills.py --arch sm_80 FILE.cu ...      these
+
+For an architecture before sm_90 Hopper's own kernels (sm90 in the path) are left out.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin", "-I."]
+
+
+def find_nvcc() -> str | None:
+    """nvcc from PATH, or from the place where the toolkit installs itself."""
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def spills(log: str) -> list[str]:
+    """The kernels that spill, from what `ptxas -v` printed."""
+    faults = []
+    kernel = "a kernel"
+    for line in log.splitlines():
+        if found := re.search(r"(?:Compiling entry function|Function properties for) '?([\w$]+)'?", line):
+            kernel = found[1]
+        found = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line)
+        if found and (int(found[1]) or int(found[2])):
+            faults.append(f"{kernel}: {found[1]} bytes spilled, {found[2]} bytes read back")
+    return faults
+
+
+def is_for(path: Path, arch: str) -> bool:
+    """Whether a kernel file is meant for an architecture."""
+    hopper_only = "sm90" in str(path)
+    return not hopper_only or int(re.sub(r"\D", "", arch)) >= 90
+
+
+def compile_one(nvcc: str, path: Path, arch: str) -> list[str]:
+    command = [nvcc, *flags, f"-arch={arch}", "-o", os.devnull, str(path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    log = result.stdout + result.stderr
+    if result.returncode != 0:
+        return [f"{path}: does not compile for {arch}:\n{log}"]
+    names = shutil.which("c++filt")
+    if names:
+        log = subprocess.run([names], input=log, capture_output=True, text=True).stdout
+    return [f"{path}: {arch}: {fault}" for fault in spills(log)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", required=True, help="sm_90a, sm_80, ...")
+    parser.add_argument("files", nargs="*", type=Path)
+    options = parser.parse_args()
+    nvcc = find_nvcc()
+    if nvcc is None:
+        sys.exit("spills: there is no nvcc")
+    files = options.files or sorted(Path("redline/kernels/cuda").rglob("*.cu"))
+    files = [path for path in files if is_for(path, options.arch)]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(lambda path: compile_one(nvcc, path, options.arch), files)
+    faults = [fault for result in results for fault in result]
+    print("\n".join(faults) or f"spills: none in {len(files)} files for {options.arch}")
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()
