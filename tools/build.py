@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from progress import Phase, follow
 
@@ -24,7 +25,7 @@ root = Path(__file__).resolve().parent.parent
 library_target = "redline_ops"
 
 
-def leave(sentence: str) -> None:
+def leave(sentence: str) -> NoReturn:
     sys.exit(f"redline: {sentence}")
 
 
@@ -58,17 +59,20 @@ def settings(preset: str | None) -> list[str]:
     """What CMake is told beside the preset."""
     told = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={program('ninja')}"]
     if preset is None:
-        told += ["-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DREDLINE_TESTS=ON", "-DREDLINE_CPP_API=ON"]
+        told += [
+            "-G",
+            "Ninja",
+            "-DCMAKE_BUILD_TYPE=Release",
+            "-DREDLINE_TESTS=ON",
+            "-DREDLINE_CPP_API=ON",
+        ]
         if capability := compute_capability():
             told.append(f"-DREDLINE_CUDA_ARCHITECTURES={capability}")
-    if shutil.which("ccache"):
-        told.append("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache")
-        told.append("-DCMAKE_CUDA_COMPILER_LAUNCHER=ccache")
     return told
 
 
 def configure(folder: Path, preset: str | None) -> None:
-    """Runs CMake, unless the folder was configured just so; Ninja sees changes of CMakeLists.txt itself."""
+    """Runs CMake, unless the folder was configured just so; Ninja sees later changes itself."""
     command = [program("cmake"), "-S", str(root)]
     command += ["--preset", preset] if preset else ["-B", str(folder)]
     command += settings(preset)
@@ -117,18 +121,23 @@ def compile_library(folder: Path, targets: list[str], jobs: int | None) -> None:
     command += ["-j", str(jobs)] if jobs else []
     os.environ["NINJA_STATUS"] = "[%f/%t] "
     # The precompiled header is safe to share: its content is hashed.
-    os.environ.setdefault("CCACHE_SLOPPINESS", "pch_defines,time_macros,include_file_mtime,include_file_ctime")
+    os.environ.setdefault(
+        "CCACHE_SLOPPINESS", "pch_defines,time_macros,include_file_mtime,include_file_ctime"
+    )
     progress = NinjaProgress()
     status = follow([*command, *targets], progress.read, progress.tick)
     if progress.phase:
         progress.phase.finish(f"{progress.done} steps" if status == 0 else "failed")
     if status != 0:
-        leave(f"the build failed; once more with every command: ninja -v -C {folder.relative_to(root)}")
+        again = f"ninja -v -C {folder.relative_to(root)}"
+        leave(f"the build failed; to see each command: {again}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="build the C++ API, examples and tests too")
+    parser.add_argument(
+        "--all", action="store_true", help="build the C++ API, examples and tests too"
+    )
     parser.add_argument("--preset", help="a preset of CMakePresets.json")
     parser.add_argument("--jobs", type=int, help="how many compilers run at once")
     options = parser.parse_args()

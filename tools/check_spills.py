@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compiles the CUDA kernels for an architecture; fails where one does not compile or spills registers.
+"""Compiles the CUDA kernels for an architecture; fails where one does not compile, or spills.
 
     check_spills.py --arch sm_90a                 every .cu under redline/kernels/cuda
     check_spills.py --arch sm_80 FILE.cu ...      these
@@ -29,7 +29,9 @@ def spills(log: str) -> list[str]:
     faults = []
     kernel = "a kernel"
     for line in log.splitlines():
-        if found := re.search(r"(?:Compiling entry function|Function properties for) '?([\w$]+)'?", line):
+        if found := re.search(
+            r"(?:Compiling entry function|Function properties for) '?([\w$]+)'?", line
+        ):
             kernel = found[1]
         found = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line)
         if found and (int(found[1]) or int(found[2])):
@@ -49,10 +51,14 @@ def compile_one(nvcc: str, path: Path, arch: str) -> list[str]:
     log = result.stdout + result.stderr
     if result.returncode != 0:
         return [f"{path}: does not compile for {arch}:\n{log}"]
-    names = shutil.which("c++filt")
-    if names:
-        log = subprocess.run([names], input=log, capture_output=True, text=True).stdout
-    return [f"{path}: {arch}: {fault}" for fault in spills(log)]
+    return [f"{path}: {arch}: {demangled(fault)}" for fault in spills(log)]
+
+
+def demangled(text: str) -> str:
+    """C++ names as they were written, where binutils is there to say so."""
+    if shutil.which("c++filt") is None:
+        return text
+    return subprocess.run(["c++filt"], input=text, capture_output=True, text=True).stdout.strip()
 
 
 def main() -> None:

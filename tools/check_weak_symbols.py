@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Fails where a per-instruction-set object (cpu_baseline, cpu_avx2, ...) defines a weak function.
 
-The linker keeps one copy of a weak function. If that is the copy compiled for AVX-512, it runs on every
-machine, and on most it stops the program.
+The linker keeps one copy of a weak function. If that is the copy compiled for AVX-512, it runs on
+every machine, and on most it stops the program.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""One progress line per long phase: a bar with an estimate on a terminal, a line now and then in a log.
+"""One line per long phase: a bar with an estimate on a terminal, a line now and then in a log.
 
 Standard library only: it runs before anything is installed.
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs the C++ tests (ctest), then the Python tests (pytest); says at the end what was skipped and why.
+"""Runs the C++ tests (ctest), then the Python tests (pytest); says what was skipped and why.
 
 Arguments go to pytest.
 """
@@ -26,7 +26,9 @@ def run_cpp() -> tuple[int, list[str]]:
     for line in process.stdout:
         print(line, end="", flush=True)
         found_none |= "No tests were found" in line
-        if found := re.match(r"\s*\d+/\d+ Test\s+#\d+: (\S+) \.*\s*\*\*\*(?:Skipped|Not Run)", line):
+        if found := re.match(
+            r"\s*\d+/\d+ Test\s+#\d+: (\S+) \.*\s*\*\*\*(?:Skipped|Not Run)", line
+        ):
             skipped.append(f"{found[1]}: it says why above")
     status = process.wait()
     if found_none:

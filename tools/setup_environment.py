@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Makes .venv with the pinned packages, or checks that a given interpreter has what is needed.
 
-    setup_environment.py runtime build test     makes or completes .venv; does nothing when it is complete
-    setup_environment.py --check build          checks the interpreter that runs this file; installs nothing
+    setup_environment.py runtime build test     makes or completes .venv
+    setup_environment.py --check build          checks the interpreter that runs this file
 
-A group is complete when its stamp holds the hash of its requirements. A stamp is removed before pip starts
-and written after it ends, so that an interrupted set-up is never trusted.
+A group is complete when its stamp holds the hash of its requirements. A stamp is removed before
+pip starts and written after it ends, so that an interrupted set-up is never trusted.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from progress import Phase, follow
 
@@ -34,7 +35,16 @@ download_bytes = {"runtime": 70e6, "build": 31e6, "test": 2e6, "lint": 45e6}
 
 # The modules that a group's packages bring; `ninja` and `cmake` may also be programs on PATH.
 modules = {
-    "runtime": ["torch", "numpy", "typer", "rich", "matplotlib", "jinja2", "tokenizers", "safetensors"],
+    "runtime": [
+        "torch",
+        "numpy",
+        "typer",
+        "rich",
+        "matplotlib",
+        "jinja2",
+        "tokenizers",
+        "safetensors",
+    ],
     "build": ["torch", "cmake", "ninja"],
     "test": ["pytest", "hypothesis", "expecttest", "pytest_timeout"],
     "lint": ["pre_commit", "ruff", "codespell_lib", "cmakelang", "yaml"],
@@ -42,12 +52,12 @@ modules = {
 programs = {"cmake", "ninja"}
 
 
-def leave(sentence: str) -> None:
+def leave(sentence: str) -> NoReturn:
     sys.exit(f"redline: {sentence}")
 
 
 def digest(group: str) -> str:
-    """The hash that a group's stamp holds: its requirements, the constraints and the interpreter."""
+    """What a group's stamp holds: a hash of its requirements, constraints and interpreter."""
     files = [root / "requirements" / f"{group}.txt", root / "requirements" / "constraints.txt"]
     content = b"".join(file.read_bytes() for file in files)
     return hashlib.sha256(content + sys.version.encode()).hexdigest()
@@ -106,7 +116,9 @@ class PipProgress:
             self.phase.update(min(fraction, 0.99))
             return
         print(line, file=self.log, flush=True)
-        if found := re.match(r"\s*(?:Downloading|Using cached) (\S+?)-\d\S* \(([\d.]+) (\w?B)\)", line):
+        if found := re.match(
+            r"\s*(?:Downloading|Using cached) (\S+?)-\d\S* \(([\d.]+) (\w?B)\)", line
+        ):
             self.fetched += self.current[1]
             size = float(found[2]) * {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}[found[3]]
             self.current = (found[1], size)
@@ -124,14 +136,16 @@ class PipProgress:
             return
         weights = {name.lower().replace("-", "_"): 1e5 for name in self.names}
         weights |= {name: size for name, size in self.sizes.items() if name in weights}
-        placed = {path.name.split("-")[0].lower() for path in environment.glob("lib/*/*/*.dist-info")}
+        placed = {
+            path.name.split("-")[0].lower() for path in environment.glob("lib/*/*/*.dist-info")
+        }
         done = [name for name in weights if name in placed]
         fraction = sum(weights[name] for name in done) / sum(weights.values())
         self.phase.update(fraction, f"{len(done)} of {len(weights)}")
 
 
 def make_environment() -> None:
-    """A fresh .venv. One that an interrupted set-up left is thrown away; a stranger's is not touched."""
+    """A fresh .venv. A half-made one is thrown away; a stranger's is not touched."""
     if environment.exists() and not stamps.is_dir():
         leave(
             ".venv exists and was not made by make; move it away, or use it as it is: "
@@ -156,7 +170,9 @@ def run(command: list[str]) -> None:
 def install(groups: list[str]) -> None:
     for group in groups:
         (stamps / group).unlink(missing_ok=True)
-    files = [word for group in groups for word in ("-r", str(root / "requirements" / f"{group}.txt"))]
+    files = [
+        word for group in groups for word in ("-r", str(root / "requirements" / f"{group}.txt"))
+    ]
     command = [str(environment / "bin" / "python"), "-m", "pip", "install", "--progress-bar", "raw",
                "--disable-pip-version-check", "--no-input", *files]  # fmt: skip
     log_path = stamps / "pip.log"
@@ -194,7 +210,9 @@ def set_up(groups: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="check this interpreter; install nothing")
+    parser.add_argument(
+        "--check", action="store_true", help="check this interpreter; install nothing"
+    )
     parser.add_argument("groups", nargs="+", choices=sorted(modules))
     options = parser.parse_args()
     try:
