@@ -23,7 +23,8 @@ from typing import Callable
 
 import torch
 
-sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parent.parent / "tests")]
+HERE = pathlib.Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 
 REPEATS = 9
 
@@ -207,7 +208,8 @@ def markdown(result):
         "of the same bytes over the op's. Rivals: their time over ours; above 1, ours is shorter.",
         "",
         "| op | direction | shape | dtype | time µs | ± | floor µs | of redline | GB/s | "
-        + " | ".join(names) + " |",
+        + " | ".join(names)
+        + " |",
         "|" + "---|" * (9 + len(names)),
     ]
     for row in result["rows"]:
@@ -234,8 +236,12 @@ def compare(before, after):
         ratio = row["of_redline"] / was["of_redline"]  # ratios travel; microseconds do not
         noise = max(row["spread"], was["spread"])
         change = abs(ratio - 1)
-        verdict = "same" if change < 0.02 else "unclear" if change < noise else (
-            "faster" if ratio > 1 else "slower"
+        verdict = (
+            "same"
+            if change < 0.02
+            else "unclear"
+            if change < noise
+            else ("faster" if ratio > 1 else "slower")
         )
         print(f"{verdict:<8}{ratio:>6.2f}  {' '.join(key(row))}")
 
@@ -254,8 +260,10 @@ def main():
     parser.add_argument("--quick", action="store_true", help="the first case of each op")
     args = parser.parse_args()
     result = {**machine(args.device), **ceilings(args.device), "rows": []}
-    print(f"{result['gpu']}: copy {result['copy_gb_s']:.0f} GB/s, product "
-          f"{result['gemm_tflop_s']:.0f} TFLOP/s")
+    print(
+        f"{result['gpu']}: copy {result['copy_gb_s']:.0f} GB/s, product "
+        f"{result['gemm_tflop_s']:.0f} TFLOP/s"
+    )
     print(HEADER)
     for op in args.ops or known:
         cases = importlib.import_module(f"bench_{op}").cases(args.device)

@@ -1,3 +1,4 @@
+// Over budget: lines: four ops of one family; their schemas and registrations alone are 80 lines.
 #include "redline/ops/norm.h"
 
 #include "redline/kernels/norm.h"

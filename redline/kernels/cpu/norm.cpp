@@ -167,13 +167,14 @@ struct RowMeans {
 
 // Two running vectors for each sum: one loop reads everything once.
 template <typename Acc>
-RowMeans<Acc> accumulate_block(const BackwardRow<Acc>& at, int count, Acc mean, Acc inverse_std,
+RowMeans<Acc> accumulate_block(const BackwardRow<Acc>& at, int count, Statistics<Acc> row,
                                Acc* weight_sums, Acc* bias_sums) {
   constexpr int n = lanes<Acc>;
   Vector<Acc> gradient_a{}, gradient_b{}, product_a{}, product_b{};
   const auto add = [&](int i, int n, Vector<Acc>& gradients, Vector<Acc>& products) {
     const Vector<Acc> y_grad = load(at.y_grad + i, n);
-    const Vector<Acc> product = first<Acc>(y_grad * (load(at.x + i, n) - mean) * inverse_std, n);
+    const Vector<Acc> product =
+        first<Acc>(y_grad * (load(at.x + i, n) - row.mean) * row.inverse_std, n);
     const Vector<Acc> scale = at.affine.scale(i, n);
     if (weight_sums) store(weight_sums + i, load(weight_sums + i, n) + product, n);
     if (bias_sums) store(bias_sums + i, load(bias_sums + i, n) + y_grad, n);
@@ -191,14 +192,14 @@ RowMeans<Acc> accumulate_block(const BackwardRow<Acc>& at, int count, Acc mean, 
 }
 
 template <typename Acc>
-RowMeans<Acc> accumulate_row(BackwardRow<Acc>& at, Acc mean, Acc inverse_std, Acc* weight_sums,
+RowMeans<Acc> accumulate_row(BackwardRow<Acc>& at, Statistics<Acc> row, Acc* weight_sums,
                              Acc* bias_sums) {
   RowMeans<Acc> means;
   const int64_t cols = at.args.x.sizes[1];
   for_blocks(cols, [&](int64_t col, int count) {
     at.read_block(col, count);
     const RowMeans<Acc> more =
-        accumulate_block(at, count, mean, inverse_std, weight_sums ? weight_sums + col : nullptr,
+        accumulate_block(at, count, row, weight_sums ? weight_sums + col : nullptr,
                          bias_sums ? bias_sums + col : nullptr);
     means.gradient += more.gradient;
     means.product += more.product;
@@ -254,7 +255,7 @@ void backward_rows(const NormBackward& args, int64_t chunk, Range rows) {
     at.begin(row);
     const Acc inverse_std = args.inverse_std.as<const Acc>()[row];
     const Acc mean = args.mean ? args.mean.as<const Acc>()[row] : 0;
-    const RowMeans<Acc> means = accumulate_row(at, mean, inverse_std, weight_sums, bias_sums);
+    const RowMeans<Acc> means = accumulate_row(at, {mean, inverse_std}, weight_sums, bias_sums);
     write_x_grad(at, means, mean, inverse_std);
   }
 }

@@ -1,3 +1,5 @@
+// Over budget: parameters: scalars in registers; a struct of them would name nothing more.
+//
 // 16-byte accesses within a row (columns are int: a row is shorter than 2^31). The aligned and the
 // element-by-element path give a thread the same elements, so that an op's bits do not depend on
 // where its tensors lie.
@@ -34,46 +36,64 @@ __device__ __forceinline__ Packed<T, N> load(const T* row, int col, int cols, bo
   return result;
 }
 
-// Vectors col, col + step, ... of a row, V of them. The branch on `aligned` stands outside the
-// loop: inside it, each load would wait for the one before (H100, norm forward: 0.82 of the copy's
-// rate).
+// Which vectors of a row a thread holds: at col, col + step, ... below cols.
+struct Columns {
+  int col, step, cols;
+  bool aligned;
+};
+
+// V of them. The branch on `aligned` stands outside the loop: inside it, each load would wait for
+// the one before (H100, norm forward: 0.82 of the copy's rate).
 template <typename T, int V, int N>
-__device__ __forceinline__ void load_vectors(const T* row, int col, int step, int cols,
-                                             bool aligned, Packed<T, N> (&out)[V]) {
-  if (aligned) {
+__device__ __forceinline__ void load_vectors(const T* row, Columns at, Packed<T, N> (&out)[V]) {
+  if (at.aligned) {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       out[v] = {};
-      if (col + v * step < cols) {
-        out[v] = *reinterpret_cast<const Packed<T, N>*>(row + col + v * step);
+      if (at.col + v * at.step < at.cols) {
+        out[v] = *reinterpret_cast<const Packed<T, N>*>(row + at.col + v * at.step);
       }
     }
   } else {
 #pragma unroll
-    for (int v = 0; v < V; ++v) out[v] = load<T, N>(row, col + v * step, cols, false);
+    for (int v = 0; v < V; ++v) out[v] = load<T, N>(row, at.col + v * at.step, at.cols, false);
   }
 }
 
-// The same as float32, of a tensor that holds T or float32: a weight beside 16-bit data, a float32
-// residual. take(value, loaded) says what becomes of each element.
+// A row that holds T or float32: a weight beside 16-bit data, a float32 residual.
+struct MixedRow {
+  const void* data;
+  int64_t offset;  // elements before the row
+  bool is_float32;
+};
+
+// The same as float32; take(value, loaded) says what becomes of each element.
 template <typename T, int V, int N, typename Take>
-__device__ __forceinline__ void take_vectors(const void* data, bool is_float32, int64_t offset,
-                                             int col, int step, int cols, bool aligned,
-                                             float (&values)[V][N], Take take) {
-  const auto load_as = [&]<typename S>(const S* row) {
+__device__ __forceinline__ void take_vectors(MixedRow row, Columns at, float (&values)[V][N],
+                                             Take take) {
+  const auto load_as = [&]<typename S>(const S* data) {
     Packed<S, N> raw[V];
-    load_vectors(row + offset, col, step, cols, aligned, raw);
+    load_vectors(data + row.offset, at, raw);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
 #pragma unroll
       for (int i = 0; i < N; ++i) take(values[v][i], to_float(raw[v].values[i]));
     }
   };
-  if (sizeof(T) == 4 || is_float32) {
-    load_as(static_cast<const float*>(data));
+  if (sizeof(T) == 4 || row.is_float32) {
+    load_as(static_cast<const float*>(row.data));
   } else {
-    load_as(static_cast<const T*>(data));
+    load_as(static_cast<const T*>(row.data));
   }
+}
+
+// One vector of it.
+template <typename T, int N = vector_size<T>>
+__device__ __forceinline__ void load_mixed(const void* data, bool is_float32, int64_t offset,
+                                           int col, int cols, bool aligned, float (&values)[N]) {
+  auto& one = reinterpret_cast<float(&)[1][N]>(values);
+  take_vectors<T>(MixedRow{data, offset, is_float32}, Columns{col, 0, cols, aligned}, one,
+                  [](float& value, float loaded) { value = loaded; });
 }
 
 template <typename T, int N>

@@ -37,11 +37,9 @@ struct RowInput {
   Packed<X, vector_size<T>> x[V];
   Packed<T, vector_size<T>> y_grad[V];
 
-  __device__ __forceinline__ void load(const Backward& args, int64_t row, int col, int step) {
-    load_vectors(static_cast<const X*>(args.x.data) + row * args.x.stride, col, step, args.cols,
-                 args.aligned, x);
-    load_vectors(static_cast<const T*>(args.y_grad.data) + row * args.y_grad.stride, col, step,
-                 args.cols, args.aligned, y_grad);
+  __device__ __forceinline__ void load(const Backward& args, int64_t row, Columns at) {
+    load_vectors(static_cast<const X*>(args.x.data) + row * args.x.stride, at, x);
+    load_vectors(static_cast<const T*>(args.y_grad.data) + row * args.y_grad.stride, at, y_grad);
   }
 };
 
@@ -52,11 +50,11 @@ struct RowTerms {
   float g[V][N], normalized[V][N];
 
   template <typename X, typename Visit>
-  __device__ __forceinline__ void compute(const Backward& args, int64_t row, int col, int step,
+  __device__ __forceinline__ void compute(const Backward& args, int64_t row, Columns at,
                                           const RowInput<T, X, V>& in, Visit visit) {
     const float mean = Layer ? args.mean[row] : 0.0f;
     const float inverse_std = args.inverse_std[row];
-    load_weight<T>(args, col, step, g);
+    load_weight<T>(args, at, g);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
 #pragma unroll
@@ -71,7 +69,7 @@ struct RowTerms {
 
   // x_grad; the residual's gradient joins before the rounding.
   template <typename X>
-  __device__ __forceinline__ void store_x_grad(const Backward& args, int64_t row, int col, int step,
+  __device__ __forceinline__ void store_x_grad(const Backward& args, int64_t row, Columns at,
                                                RowMeans means) {
     const float inverse_std = args.inverse_std[row];
 #pragma unroll
@@ -84,14 +82,13 @@ struct RowTerms {
       }
     }
     if (args.sum_grad.data != nullptr) {
-      take_vectors<T>(args.sum_grad.data, args.sum_grad.is_float32, row * args.sum_grad.stride, col,
-                      step, args.cols, args.aligned, g,
+      take_vectors<T>(row_of(args.sum_grad, row), at, g,
                       [](float& value, float loaded) { value += loaded; });
     }
     X* x_grad = static_cast<X*>(args.x_grad.data) + row * args.x_grad.stride;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      store(x_grad, col + v * step, args.cols, args.aligned, pack<X>(g[v]));
+      store(x_grad, at.col + v * at.step, args.cols, args.aligned, pack<X>(g[v]));
     }
   }
 };
@@ -137,7 +134,8 @@ __global__ void __launch_bounds__(Tile::block_threads, Tile::blocks_per_sm)
   constexpr int V = Tile::vectors, N = vector_size<T>, step = Tile::threads * N;
   __shared__ float scratch[2][64];
   __shared__ float exchange[Tile::rows > 1 ? Tile::block_threads * N : 1];
-  const int thread = threadIdx.x % Tile::threads, col = thread * N;
+  const int thread = threadIdx.x % Tile::threads;
+  const Columns at = {thread * N, step, args.cols, args.aligned};
   const int64_t rows_per_chunk = (args.rows + args.chunks - 1) / args.chunks;
   const int64_t begin = blockIdx.x * rows_per_chunk;
   const int64_t end = min(args.rows, begin + rows_per_chunk);
@@ -146,14 +144,14 @@ __global__ void __launch_bounds__(Tile::block_threads, Tile::blocks_per_sm)
 
   float weight_sums[V][N] = {}, bias_sums[Layer ? V : 1][N] = {};
   RowInput<T, X, V> in;
-  if (row < counted) in.load(args, row, col, step);
+  if (row < counted) in.load(args, row, at);
   for (int turn = 0; row < counted; row += Tile::rows, turn ^= 1) {
     RowTerms<T, Layer, V> terms;
-    terms.compute(args, row, col, step, in, [&](int v, int i, float y_grad, float product) {
+    terms.compute(args, row, at, in, [&](int v, int i, float y_grad, float product) {
       weight_sums[v][i] += product;
       if constexpr (Layer) bias_sums[v][i] += y_grad;
     });
-    if (row + Tile::rows < counted) in.load(args, row + Tile::rows, col, step);
+    if (row + Tile::rows < counted) in.load(args, row + Tile::rows, at);
     float sums[Layer ? 2 : 1] = {};
 #pragma unroll
     for (int v = 0; v < V; ++v) {
@@ -166,11 +164,11 @@ __global__ void __launch_bounds__(Tile::block_threads, Tile::blocks_per_sm)
     block_sum<Tile::threads>(sums, scratch[turn]);
     const float cols = static_cast<float>(args.cols);
     const RowMeans means = {Layer ? sums[Layer ? 1 : 0] / cols : 0.0f, sums[0] / cols};
-    terms.template store_x_grad<X>(args, row, col, step, means);
+    terms.template store_x_grad<X>(args, row, at, means);
   }
   for (; row < end; row += Tile::rows) {
     for (int v = 0; v < V; ++v) {
-      store_zeros<T>(args.x_grad, args.x_grad.is_float32, row, col + v * step, args);
+      store_zeros<T>(args.x_grad, row, at.col + v * step, args);
     }
   }
   store_partial<Tile>(args.weight_partial, args, thread, weight_sums, exchange);
@@ -186,9 +184,10 @@ __global__ void __launch_bounds__(Threads) long_x_grad_kernel(const Backward arg
   const bool counted = row < counted_rows(args);
   RowInput<T, X, 1> in;
   RowTerms<T, Layer, 1> terms;
+  const auto at = [&](int col) { return Columns{col, Threads * N, args.cols, args.aligned}; };
   const auto read = [&](int col) {
-    in.load(args, row, col, Threads * N);
-    terms.compute(args, row, col, Threads * N, in, [](int, int, float, float) {});
+    in.load(args, row, at(col));
+    terms.compute(args, row, at(col), in, [](int, int, float, float) {});
   };
   float sums[2] = {};
   for (int col = threadIdx.x * N; counted && col < args.cols; col += Threads * N) {
@@ -205,9 +204,9 @@ __global__ void __launch_bounds__(Threads) long_x_grad_kernel(const Backward arg
   for (int col = threadIdx.x * N; col < args.cols; col += Threads * N) {
     if (counted) {
       read(col);
-      terms.template store_x_grad<X>(args, row, col, Threads * N, means);
+      terms.template store_x_grad<X>(args, row, at(col), means);
     } else {
-      store_zeros<T>(args.x_grad, args.x_grad.is_float32, row, col, args);
+      store_zeros<T>(args.x_grad, row, col, args);
     }
   }
 }

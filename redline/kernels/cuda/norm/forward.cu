@@ -24,12 +24,11 @@ struct Forward : Common {
 // x of V vectors; with a residual the rounded x + residual, which is stored on the way. A float32
 // residual comes two vectors at a time: more would not fit the registers.
 template <typename T, int V>
-__device__ __forceinline__ void load_input(const Forward& args, int64_t row, int col, int step,
+__device__ __forceinline__ void load_input(const Forward& args, int64_t row, Columns at,
                                            float (&x)[V][vector_size<T>]) {
   constexpr int N = vector_size<T>, group = V < 2 ? V : 2;
   Packed<T, N> raw[V];
-  load_vectors(static_cast<const T*>(args.x.data) + row * args.x.stride, col, step, args.cols,
-               args.aligned, raw);
+  load_vectors(static_cast<const T*>(args.x.data) + row * args.x.stride, at, raw);
 #pragma unroll
   for (int v = 0; v < V; ++v) {
 #pragma unroll
@@ -39,40 +38,44 @@ __device__ __forceinline__ void load_input(const Forward& args, int64_t row, int
 #pragma unroll
   for (int first = 0; first < V; first += group) {
     auto& part = reinterpret_cast<float(&)[group][N]>(x[first]);
-    take_vectors<T>(args.residual.data, args.residual.is_float32, row * args.residual.stride,
-                    col + first * step, step, args.cols, args.aligned, part,
+    const Columns place = {at.col + first * at.step, at.step, at.cols, at.aligned};
+    take_vectors<T>(row_of(args.residual, row), place, part,
                     [](float& value, float loaded) { value += loaded; });
   }
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    store_mixed<T>(args.sum.data, args.sum.is_float32, row * args.sum.stride, col + v * step,
-                   args.cols, args.aligned, x[v]);
+    store_mixed<T>(args.sum.data, args.sum.is_float32, row * args.sum.stride, at.col + v * at.step,
+                   at.cols, at.aligned, x[v]);
   }
 }
 
+struct Statistics {
+  float mean, inverse_std;
+};
+
 // Two vectors at a time: more would hold too many weights in registers.
 template <typename T, int V>
-__device__ __forceinline__ void store_output(const Forward& args, int64_t row, int col, int step,
-                                             float (&x)[V][vector_size<T>], float mean,
-                                             float inverse_std) {
+__device__ __forceinline__ void store_output(const Forward& args, int64_t row, Columns at,
+                                             const float (&x)[V][vector_size<T>],
+                                             Statistics found) {
   constexpr int N = vector_size<T>, group = V < 2 ? V : 2;
   T* y = static_cast<T*>(args.y.data) + row * args.y.stride;
 #pragma unroll
-  for (int first = 0; first < V; first += group, col += group * step) {
+  for (int first = 0; first < V; first += group, at.col += group * at.step) {
     float w[group][N];
-    load_weight<T>(args, col, step, w);
+    load_weight<T>(args, at, w);
 #pragma unroll
     for (int v = 0; v < group; ++v) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) w[v][i] *= (x[first + v][i] - mean) * inverse_std;
+      for (int i = 0; i < N; ++i) w[v][i] *= (x[first + v][i] - found.mean) * found.inverse_std;
     }
     if (args.bias.data != nullptr) {
-      take_vectors<T>(args.bias.data, args.bias.is_float32, 0, col, step, args.cols, args.aligned,
-                      w, [](float& value, float loaded) { value += loaded; });
+      take_vectors<T>(row_of(args.bias, 0), at, w,
+                      [](float& value, float loaded) { value += loaded; });
     }
 #pragma unroll
     for (int v = 0; v < group; ++v) {
-      store(y, col + v * step, args.cols, args.aligned, pack<T>(w[v]));
+      store(y, at.col + v * at.step, at.cols, at.aligned, pack<T>(w[v]));
     }
   }
 }
@@ -81,8 +84,8 @@ __device__ __forceinline__ void store_output(const Forward& args, int64_t row, i
 template <typename T, int Threads>
 __device__ void zero_row(const Forward& args, int64_t row, int thread) {
   for (int col = thread * vector_size<T>; col < args.cols; col += Threads * vector_size<T>) {
-    store_zeros<T>(args.y, args.y.is_float32, row, col, args);
-    if (args.sum.data != nullptr) store_zeros<T>(args.sum, args.sum.is_float32, row, col, args);
+    store_zeros<T>(args.y, row, col, args);
+    if (args.sum.data != nullptr) store_zeros<T>(args.sum, row, col, args);
   }
   if (thread == 0) {
     args.inverse_std[row] = 0.0f;
@@ -90,10 +93,10 @@ __device__ void zero_row(const Forward& args, int64_t row, int thread) {
   }
 }
 
-__device__ __forceinline__ void store_statistics(const Forward& args, int64_t row, float mean,
-                                                 float inverse_std) {
-  args.inverse_std[row] = inverse_std;
-  if (args.mean != nullptr) args.mean[row] = mean;
+__device__ __forceinline__ void store_statistics(const Forward& args, int64_t row,
+                                                 Statistics found) {
+  args.inverse_std[row] = found.inverse_std;
+  if (args.mean != nullptr) args.mean[row] = found.mean;
 }
 
 template <typename T, bool Layer, typename Tile>
@@ -105,11 +108,10 @@ __global__ void __launch_bounds__(Tile::block_threads, Tile::blocks_per_sm)
   const int64_t row = int64_t{blockIdx.x} * Tile::rows + threadIdx.x / Tile::threads;
   if (row >= args.rows) return;
   if (row >= counted_rows(args)) return zero_row<T, Tile::threads>(args, row, thread);
-  constexpr int step = Tile::threads * N;
-  const int col = thread * N;
+  const Columns at = {thread * N, Tile::threads * N, args.cols, args.aligned};
 
   float x[V][N];
-  load_input<T>(args, row, col, step, x);
+  load_input<T>(args, row, at, x);
 
   float mean = 0.0f;  // rms: the compiler drops it
   if constexpr (Layer) {
@@ -125,22 +127,21 @@ __global__ void __launch_bounds__(Tile::block_threads, Tile::blocks_per_sm)
   float squares[1] = {};
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    squares[0] = sum_of_squares(x[v], mean, col + v * step, args.cols, squares[0]);
+    squares[0] = sum_of_squares(x[v], mean, at.col + v * at.step, args.cols, squares[0]);
   }
   block_sum<Tile::threads>(squares, scratch[1]);
   const float inverse_std = 1.0f / sqrtf(squares[0] / args.cols + args.epsilon);
-  if (thread == 0) store_statistics(args, row, mean, inverse_std);
+  if (thread == 0) store_statistics(args, row, {mean, inverse_std});
 
-  store_output<T>(args, row, col, step, x, mean, inverse_std);
+  store_output<T>(args, row, at, x, {mean, inverse_std});
 }
 
 // Rows that outgrow a block's registers are read again from L2: the sum when there is a residual.
 template <typename T, int V>
-__device__ __forceinline__ void reload_input(const Forward& args, int64_t row, int col, int step,
+__device__ __forceinline__ void reload_input(const Forward& args, int64_t row, Columns at,
                                              float (&x)[V][vector_size<T>]) {
   const Matrix& from = args.residual.data != nullptr ? args.sum : args.x;
-  take_vectors<T>(from.data, from.is_float32, row * from.stride, col, step, args.cols, args.aligned,
-                  x, [](float& value, float loaded) { value = loaded; });
+  take_vectors<T>(row_of(from, row), at, x, [](float& value, float loaded) { value = loaded; });
 }
 
 template <typename T, bool Layer, int Threads>
@@ -149,10 +150,11 @@ __global__ void __launch_bounds__(Threads) long_forward_kernel(const Forward arg
   __shared__ float scratch[2][32];
   const int64_t row = blockIdx.x;
   const int first = threadIdx.x * N;
+  const auto at = [&](int col) { return Columns{col, step, args.cols, args.aligned}; };
   if (row >= counted_rows(args)) return zero_row<T, Threads>(args, row, threadIdx.x);
   float x[V][N], total[1] = {}, squares[1] = {};
   for (int col = first; col < args.cols; col += stride) {
-    load_input<T>(args, row, col, step, x);
+    load_input<T>(args, row, at(col), x);
 #pragma unroll
     for (int k = 0; k < V * N; ++k) {
       total[0] += x[k / N][k % N];
@@ -165,7 +167,7 @@ __global__ void __launch_bounds__(Threads) long_forward_kernel(const Forward arg
     mean = total[0] / args.cols;
     squares[0] = 0.0f;
     for (int col = first; col < args.cols; col += stride) {
-      reload_input<T>(args, row, col, step, x);
+      reload_input<T>(args, row, at(col), x);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         squares[0] = sum_of_squares(x[v], mean, col + v * step, args.cols, squares[0]);
@@ -174,10 +176,10 @@ __global__ void __launch_bounds__(Threads) long_forward_kernel(const Forward arg
   }
   block_sum<Threads>(squares, scratch[1]);
   const float inverse_std = 1.0f / sqrtf(squares[0] / args.cols + args.epsilon);
-  if (threadIdx.x == 0) store_statistics(args, row, mean, inverse_std);
+  if (threadIdx.x == 0) store_statistics(args, row, {mean, inverse_std});
   for (int col = first; col < args.cols; col += stride) {
-    reload_input<T>(args, row, col, step, x);
-    store_output<T>(args, row, col, step, x, mean, inverse_std);
+    reload_input<T>(args, row, at(col), x);
+    store_output<T>(args, row, at(col), x, {mean, inverse_std});
   }
 }
 

@@ -21,6 +21,10 @@ inline Matrix matrix(const TensorView& view) {
   return {view.data, view.strides[0], view.dtype == DType::float32};
 }
 
+__device__ __forceinline__ MixedRow row_of(const Matrix& from, int64_t row) {
+  return {from.data, row * from.stride, from.is_float32};
+}
+
 struct Common {
   Matrix x;
   Matrix weight;
@@ -56,7 +60,7 @@ __device__ __forceinline__ int64_t counted_rows(const Common& args) {
 
 // weight of V vectors, 1 + weight when zero_centered, 1 without one.
 template <typename T, int V>
-__device__ __forceinline__ void load_weight(const Common& args, int col, int step,
+__device__ __forceinline__ void load_weight(const Common& args, Columns at,
                                             float (&w)[V][vector_size<T>]) {
   if (args.weight.data == nullptr) {
 #pragma unroll
@@ -66,8 +70,8 @@ __device__ __forceinline__ void load_weight(const Common& args, int col, int ste
     }
     return;
   }
-  take_vectors<T>(args.weight.data, args.weight.is_float32, 0, col, step, args.cols, args.aligned,
-                  w, [&](float& value, float loaded) { value = loaded + args.offset; });
+  take_vectors<T>(row_of(args.weight, 0), at, w,
+                  [&](float& value, float loaded) { value = loaded + args.offset; });
 }
 
 // A vector's elements inside the row: all but in the row's last vector.
@@ -87,10 +91,10 @@ __device__ __forceinline__ float sum_of_squares(const float (&x)[N], float mean,
 }
 
 template <typename T>
-__device__ __forceinline__ void store_zeros(const Matrix& to, bool wide, int64_t row, int col,
+__device__ __forceinline__ void store_zeros(const Matrix& to, int64_t row, int col,
                                             const Common& args) {
   float zeros[vector_size<T>] = {};
-  store_mixed<T>(to.data, wide, row * to.stride, col, args.cols, args.aligned, zeros);
+  store_mixed<T>(to.data, to.is_float32, row * to.stride, col, args.cols, args.aligned, zeros);
 }
 
 }  // namespace
