@@ -4,14 +4,19 @@
 Importing needs no GPU, no driver and no toolkit.
 """
 
+from contextlib import suppress
 from importlib import import_module
 
-from redline._library import __version__
+# Without the library `redline doctor` must still run; any other use raises the same error again.
+with suppress(ImportError):
+    from redline._library import __version__
 
 __all__ = ["__version__", "extensions", "layers", "ops", "optim"]
 
 
 def __getattr__(name: str):
+    if name == "__version__":
+        return import_module("redline._library").__version__
     if name in __all__:
         return import_module(f"redline.{name}")
     raise AttributeError(f"module 'redline' has no attribute {name!r}")
