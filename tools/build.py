@@ -106,7 +106,7 @@ class NinjaProgress:
             self.phase = self.phase or Phase("compiling")
             what = found[3].replace("Building ", "").split("/")[-1]
             self.phase.update(self.done / int(found[2]), f"{found[1]}/{found[2]} {what}")
-        elif line.strip() and line != "ninja: no work to do.":
+        elif line.strip() and not line.startswith(("ninja: Entering", "ninja: no work")):
             if self.phase:
                 self.phase.clear()
             print(line, flush=True)
