@@ -63,10 +63,14 @@ def demangled(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", required=True, help="sm_90a, sm_80, ...")
+    parser.add_argument("--arch", default="sm_90a", help="sm_90a, sm_80, ...")
+    parser.add_argument("--find", action="store_true", help="print where nvcc is; 1 without one")
     parser.add_argument("files", nargs="*", type=Path)
     options = parser.parse_args()
     nvcc = find_nvcc()
+    if options.find:
+        print(nvcc or "")
+        sys.exit(nvcc is None)
     if nvcc is None:
         sys.exit("spills: there is no nvcc")
     files = options.files or sorted(Path("redline/kernels/cuda").rglob("*.cu"))

@@ -3,6 +3,8 @@
 // a [cols] row of the workspace.
 #include "redline/kernels/cpu/norm.h"
 
+#include <string.h>
+
 #include "redline/kernels/cpu/block.h"
 
 namespace redline::cpu::REDLINE_ISA {

@@ -27,12 +27,12 @@ constexpr int vector_bytes = 32;
 constexpr int vector_bytes = 16;
 #endif
 
-typedef float Float32s __attribute__((vector_size(vector_bytes)));
-typedef int32_t Int32s __attribute__((vector_size(vector_bytes)));
-typedef uint32_t UInt32s __attribute__((vector_size(vector_bytes)));
-typedef uint16_t UInt16s __attribute__((vector_size(vector_bytes / 2)));
-typedef double Float64s __attribute__((vector_size(vector_bytes)));
-typedef int64_t Int64s __attribute__((vector_size(vector_bytes)));
+using Float32s __attribute__((vector_size(vector_bytes))) = float;
+using Int32s __attribute__((vector_size(vector_bytes))) = int32_t;
+using UInt32s __attribute__((vector_size(vector_bytes))) = uint32_t;
+using UInt16s __attribute__((vector_size(vector_bytes / 2))) = uint16_t;
+using Float64s __attribute__((vector_size(vector_bytes))) = double;
+using Int64s __attribute__((vector_size(vector_bytes))) = int64_t;
 
 template <typename Acc>
 struct VectorOf;
