@@ -55,40 +55,38 @@ def compute_capability() -> str | None:
     return found[1] + found[2] + ("a" if found[1] == "9" else "")
 
 
-def settings(preset: str | None) -> list[str]:
-    """What CMake is told beside the preset."""
-    told = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={program('ninja')}"]
-    if preset is None:
-        told += [
-            "-G",
-            "Ninja",
-            "-DCMAKE_BUILD_TYPE=Release",
-            "-DREDLINE_TESTS=ON",
-            "-DREDLINE_CPP_API=ON",
-        ]
-        if capability := compute_capability():
-            told.append(f"-DREDLINE_CUDA_ARCHITECTURES={capability}")
-    return told
-
-
-def configure(folder: Path, preset: str | None) -> None:
-    """Runs CMake, unless the folder was configured just so; Ninja sees later changes itself."""
+def command_of(folder: Path, preset: str | None, everything: bool) -> list[str]:
+    """How CMake is called."""
     command = [program("cmake"), "-S", str(root)]
-    command += ["--preset", preset] if preset else ["-B", str(folder)]
-    command += settings(preset)
+    command += [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={program('ninja')}"]
+    if preset is not None:
+        return [*command, "--preset", preset]
+    command += ["-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
+    if capability := compute_capability():
+        command.append(f"-DREDLINE_CUDA_ARCHITECTURES={capability}-real")
+    if everything:
+        command += ["-DREDLINE_TESTS=ON", "-DREDLINE_CPP_API=ON"]
+    return command
+
+
+def configure(folder: Path, preset: str | None, everything: bool) -> None:
+    """Runs CMake, unless the folder was configured so, or for more; Ninja sees later changes."""
+    asked, more = (
+        "\n".join(command_of(folder, preset, choice)) + "\n" for choice in (everything, True)
+    )
     stamp = folder / "configured-with"
-    asked = "\n".join(command) + "\n"
-    if stamp.is_file() and stamp.read_text() == asked and (folder / "build.ninja").is_file():
-        return
-    stamp.unlink(missing_ok=True)
+    if (folder / "build.ninja").is_file() and stamp.is_file():
+        if stamp.read_text() in (asked, more):
+            return
+        stamp.unlink()
     phase = Phase("configuring")
     lines: list[str] = []
-    if follow(command, lines.append, phase.update) != 0:
+    if follow(asked.splitlines(), lines.append, phase.update) != 0:
         phase.finish("failed")
         leave("CMake failed:\n" + "\n".join(lines[-40:]))
     phase.finish(str(folder.relative_to(root)))
     for line in lines:
-        if line.startswith(("-- redline:", "-- Redline:")):
+        if line.startswith("-- redline:"):
             print("  " + line[3:])
     stamp.write_text(asked)
 
@@ -143,8 +141,8 @@ def main() -> None:
     options = parser.parse_args()
     folder = root / "build" / (options.preset or "make")
     try:
-        configure(folder, options.preset)
-        everything = options.all or options.preset
+        everything = options.all or options.preset is not None
+        configure(folder, options.preset, everything)
         compile_library(folder, ["all"] if everything else [library_target], options.jobs)
     except KeyboardInterrupt:
         leave("build interrupted; the next run takes it up again")
