@@ -6,6 +6,7 @@ target_compile_options(
 
 # One file per op, alphabetical: redline/kernels/<op>.cpp and redline/kernels/cpu/<op>.cpp.
 set(REDLINE_OPS
+    cross_entropy
     norm)
 list(TRANSFORM REDLINE_OPS PREPEND redline/kernels/ OUTPUT_VARIABLE REDLINE_KERNEL_SOURCES)
 list(TRANSFORM REDLINE_KERNEL_SOURCES APPEND .cpp)

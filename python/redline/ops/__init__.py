@@ -4,9 +4,11 @@ Each works on CPU and CUDA tensors, is differentiable, traces under ``torch.comp
 ``torch.export``, and gives the same bits on every run.
 """
 
+from redline.ops.cross_entropy import cross_entropy
 from redline.ops.norm import layer_norm, residual_layer_norm, residual_rms_norm, rms_norm
 
 __all__ = [
+    "cross_entropy",
     "layer_norm",
     "residual_layer_norm",
     "residual_rms_norm",

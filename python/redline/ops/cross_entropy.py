@@ -1,0 +1,49 @@
+"""Cross entropy of logits and classes, with z-loss, label smoothing and a logit softcap."""
+
+import torch
+from torch import Tensor
+
+import redline._library  # noqa: F401  (registers the ops)
+
+_ops = torch.ops.redline
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_softcap: float | None = None,
+    *,
+    inplace_backward: bool = False,
+    return_log_sum_exp: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """lse - (1 - s) x[target] - s mean(x) + z_loss lse^2, with lse = log(sum(exp(x))).
+
+    logits: [..., vocabulary], any floating dtype, read as they are under autocast too; targets:
+    [...] int64 or int32. x is the logits, or ``logit_softcap * tanh(logits / logit_softcap)``; s is
+    `label_smoothing`. Returns float32 (float64 for float64 logits): the mean or sum over the rows
+    whose target is not `ignore_index`, or with reduction "none" the targets' shape. With
+    `return_log_sum_exp` (loss, lse), both differentiable.
+
+    A target out of range is an error on CPU and a NaN row on CUDA. Class weights and soft targets
+    are not built. Keeps the logits and three float32 per row for backward (four with smoothing).
+    `inplace_backward` writes the gradient over the logits, which must not be a leaf tensor nor be
+    wanted by anyone else; under ``torch.compile`` it has no effect.
+
+    >>> cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))
+    tensor(1.3863)
+    """
+    op = _ops.cross_entropy_with_log_sum_exp if return_log_sum_exp else _ops.cross_entropy
+    return op(
+        logits,
+        targets,
+        reduction,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        logit_softcap,
+        inplace_backward=inplace_backward,
+    )

@@ -1,0 +1,226 @@
+// Statistics: one read of the logits from memory; each block of 4 KB is searched for its maximum
+// and then, out of L1, its exponentials are added. Gradient: one read and one write.
+#include "redline/kernels/cpu/cross_entropy.h"
+
+#include "redline/kernels/cpu/block.h"
+#include "redline/kernels/cpu/vector_math.h"
+
+namespace redline::cpu::REDLINE_ISA {
+namespace {
+
+template <typename Acc>
+constexpr Acc infinity = static_cast<Acc>(__builtin_inf());
+
+// `value` in the lanes past n.
+template <typename Acc>
+REDLINE_INLINE Vector<Acc> fill_tail(Vector<Acc> v, int n, Acc value) {
+  for (int i = n; i < lanes<Acc>; ++i) v[i] = value;
+  return v;
+}
+
+template <typename Acc>
+REDLINE_INLINE Vector<Acc> larger(Vector<Acc> a, Vector<Acc> b) {
+  return select(a > b, a, b);
+}
+
+// NaN is passed over; the sum of exponentials meets it.
+template <typename Acc>
+Acc largest(const Acc* x, int count) {
+  Vector<Acc> found[4];
+  for (int k = 0; k < 4; ++k) found[k] = broadcast<Acc>(-infinity<Acc>);
+  int i = 0;
+  for (; i + 4 * lanes<Acc> <= count; i += 4 * lanes<Acc>) {
+    for (int k = 0; k < 4; ++k) found[k] = larger<Acc>(load(x + i + k * lanes<Acc>), found[k]);
+  }
+  for (; i + lanes<Acc> <= count; i += lanes<Acc>) found[0] = larger<Acc>(load(x + i), found[0]);
+  if (i < count) {
+    const Vector<Acc> tail = fill_tail<Acc>(load(x + i, count - i), count - i, -infinity<Acc>);
+    found[0] = larger<Acc>(tail, found[0]);
+  }
+  return max_lanes<Acc>(
+      larger<Acc>(larger<Acc>(found[0], found[1]), larger<Acc>(found[2], found[3])));
+}
+
+// Blocks of one row of logits, softcapped where asked.
+template <typename Acc>
+struct LogitReader {
+  const TensorView& logits;
+  Acc softcap;
+  Block<Acc> block, capped;
+
+  const Acc* operator()(int64_t row, int64_t col, int count) {
+    const Acc* values = RowReader<Acc>{logits, row, block}(col, count);
+    if (softcap == 0) return values;
+    for_vectors<Acc>(count, [&](int i, int n) {
+      store(capped.values + i, softcap * tanh(load(values + i, n) / softcap), n);
+    });
+    return capped.values;
+  }
+};
+
+template <typename Acc>
+struct RowStatistics {
+  Acc maximum = -infinity<Acc>, exponentials = 0, target = 0, sum = 0;
+};
+
+// Adds one block. While every logit is -inf the exponentials stay 0.
+template <typename Acc>
+REDLINE_INLINE void add_block(RowStatistics<Acc>& row, const Acc* x, int count) {
+  const Acc maximum = largest(x, count);
+  if (maximum > row.maximum) {
+    if (row.exponentials != 0) {
+      row.exponentials *= exp(broadcast<Acc>(row.maximum - maximum))[0];
+    }
+    row.maximum = maximum;
+  }
+  const Acc origin = row.maximum == -infinity<Acc> ? 0 : row.maximum;
+  row.exponentials += redline::cpu::REDLINE_ISA::sum<Acc>(count, [&](int i, int n) {
+    return exp(fill_tail<Acc>(load(x + i, n) - origin, n, -infinity<Acc>));
+  });
+}
+
+template <typename Acc>
+void statistics_rows(const CrossEntropyStatistics& args, Range rows) {
+  const int64_t cols = args.logits.sizes[1];
+  const bool with_sum = args.statistics.sizes[1] == 4;
+  LogitReader<Acc> logits{args.logits, static_cast<Acc>(args.softcap), {}, {}};
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    Acc* out = args.statistics.as<Acc>() + row * args.statistics.strides[0];
+    const int64_t target = args.targets.as<const int64_t>()[row];
+    RowStatistics<Acc> found;
+    if (args.skip_ignored && target == args.ignore_index) {
+      found.maximum = 0;
+      found.exponentials = 1;
+    } else {
+      const int64_t target_col = target - args.vocab_start;
+      for_blocks(cols, [&](int64_t col, int count) {
+        const Acc* x = logits(row, col, count);
+        add_block(found, x, count);
+        if (target_col >= col && target_col < col + count) found.target = x[target_col - col];
+        if (with_sum) found.sum += sum<Acc>(count, [&](int i, int n) { return load(x + i, n); });
+      });
+    }
+    out[0] = found.maximum;
+    out[1] = found.exponentials;
+    out[2] = found.target;
+    if (with_sum) out[3] = found.sum;
+  }
+}
+
+template <typename Acc>
+Acc log_sum_exp(const Acc* statistics) {
+  return statistics[0] + static_cast<Acc>(log(statistics[1]));
+}
+
+template <typename Acc>
+void loss_rows(const CrossEntropyLoss& args, Range rows) {
+  const Acc smoothing = static_cast<Acc>(args.label_smoothing);
+  const Acc z_loss = static_cast<Acc>(args.z_loss);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const Acc* statistics = args.statistics.as<const Acc>() + row * args.statistics.strides[0];
+    const Acc lse = log_sum_exp(statistics);
+    args.log_sum_exp.as<Acc>()[row] = lse;
+    Acc loss = 0;
+    if (args.targets.as<const int64_t>()[row] != args.ignore_index) {
+      loss = lse - statistics[2];
+      if (smoothing != 0) {
+        const Acc mean = statistics[3] / static_cast<Acc>(args.vocabulary);
+        loss = (1 - smoothing) * loss + smoothing * (lse - mean);
+      }
+      if (z_loss != 0) loss += z_loss * lse * lse;
+    }
+    args.row_loss.as<Acc>()[row] = loss;
+  }
+}
+
+// What one row's gradient is made of: e^(x - maximum) * scale - shift, less `hot` at the target.
+template <typename Acc>
+struct RowGradient {
+  Acc maximum, scale, shift, hot;
+};
+
+template <typename Acc>
+RowGradient<Acc> row_gradient(const CrossEntropyGradient& args, int64_t row, bool ignored) {
+  const Acc* statistics = args.statistics.as<const Acc>() + row * args.statistics.strides[0];
+  Acc upstream = 0;
+  if (!ignored) {
+    upstream = args.loss_grad.as<const Acc>()[row * args.loss_grad.strides[0]];
+    if (args.count) upstream /= *args.count.as<const Acc>();
+  }
+  Acc through_lse = upstream;
+  if (args.z_loss != 0) {
+    through_lse *= 1 + 2 * static_cast<Acc>(args.z_loss) * log_sum_exp(statistics);
+  }
+  if (args.log_sum_exp_grad) through_lse += args.log_sum_exp_grad.as<const Acc>()[row];
+  const Acc smoothing = static_cast<Acc>(args.label_smoothing);
+  return {statistics[0], through_lse / statistics[1],
+          upstream * smoothing / static_cast<Acc>(args.vocabulary), upstream * (1 - smoothing)};
+}
+
+template <typename Acc>
+void write_gradient(const RowGradient<Acc>& row, const Acc* x, Acc* out, int count) {
+  for_vectors<Acc>(count, [&](int i, int n) {
+    store(out + i, exp(load(x + i, n) - row.maximum) * row.scale - row.shift, n);
+  });
+}
+
+// d/dx c tanh(x / c) = 1 - (capped / c)^2.
+template <typename Acc>
+void multiply_by_softcap_slope(const Acc* capped, Acc softcap, Acc* out, int count) {
+  for_vectors<Acc>(count, [&](int i, int n) {
+    const Vector<Acc> ratio = load(capped + i, n) / softcap;
+    store(out + i, load(out + i, n) * (1 - ratio * ratio), n);
+  });
+}
+
+template <typename Acc>
+void gradient_rows(const CrossEntropyGradient& args, Range rows) {
+  const int64_t cols = args.logits.sizes[1];
+  const TensorView& grad = args.logits_grad;
+  LogitReader<Acc> logits{args.logits, static_cast<Acc>(args.softcap), {}, {}};
+  Block<Acc> grad_block;
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const int64_t target = args.targets.as<const int64_t>()[row];
+    const bool ignored = target == args.ignore_index;
+    if (ignored && !args.log_sum_exp_grad) {
+      const int64_t bytes = element_bytes(grad.dtype);
+      memset(static_cast<char*>(grad.data) + row * grad.strides[0] * bytes, 0,
+             static_cast<size_t>(cols * bytes));
+      continue;
+    }
+    const RowGradient<Acc> found = row_gradient<Acc>(args, row, ignored);
+    const int64_t target_col = target - args.vocab_start;
+    for_blocks(cols, [&](int64_t col, int count) {
+      const Acc* x = logits(row, col, count);
+      const int64_t offset = row * grad.strides[0] + col;
+      Acc* out = begin_write(grad.data, grad.dtype, offset, grad_block);
+      write_gradient(found, x, out, count);
+      if (target_col >= col && target_col < col + count && !ignored) {
+        out[target_col - col] -= found.hot;
+      }
+      if (logits.softcap != 0) multiply_by_softcap_slope(x, logits.softcap, out, count);
+      finish_write(grad.data, grad.dtype, offset, count, grad_block);
+    });
+  }
+}
+
+void statistics(const CrossEntropyStatistics& args, Range rows) {
+  args.logits.dtype == DType::float64 ? statistics_rows<double>(args, rows)
+                                      : statistics_rows<float>(args, rows);
+}
+
+void loss(const CrossEntropyLoss& args, Range rows) {
+  args.statistics.dtype == DType::float64 ? loss_rows<double>(args, rows)
+                                          : loss_rows<float>(args, rows);
+}
+
+void gradient(const CrossEntropyGradient& args, Range rows) {
+  args.logits.dtype == DType::float64 ? gradient_rows<double>(args, rows)
+                                      : gradient_rows<float>(args, rows);
+}
+
+}  // namespace
+
+extern const CrossEntropyKernels cross_entropy_kernels = {statistics, loss, gradient};
+
+}  // namespace redline::cpu::REDLINE_ISA

@@ -1,0 +1,398 @@
+#include "redline/ops/cross_entropy.h"
+
+#include <ATen/MemoryOverlap.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+
+#include "redline/kernels/cross_entropy.h"
+#include "redline/ops/registration.h"
+#include "redline/ops/run.h"
+
+namespace redline::ops {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+constexpr const char* op_name = "cross_entropy";
+
+Reduction reduction_from(std::string_view name) {
+  if (name == "none") return Reduction::none;
+  if (name == "mean") return Reduction::mean;
+  TORCH_CHECK(name == "sum", op_name, ": reduction: expected none, mean or sum, not ", name);
+  return Reduction::sum;
+}
+
+void check_inputs(const Tensor& logits, const Tensor& targets) {
+  TORCH_CHECK(logits.dim() >= 1, op_name,
+              ": logits: expected at least one dimension, not a scalar");
+  TORCH_CHECK(at::isFloatingType(logits.scalar_type()), op_name,
+              ": logits: expected a floating dtype, not ", logits.scalar_type());
+  TORCH_CHECK(targets.scalar_type() == at::kLong || targets.scalar_type() == at::kInt, op_name,
+              ": targets: expected classes as int64 or int32 (soft targets are not built), not ",
+              targets.scalar_type());
+  const auto rows = logits.sym_sizes().slice(0, logits.dim() - 1);
+  TORCH_CHECK(targets.sym_sizes() == rows, op_name, ": targets: expected ", rows, ", not ",
+              targets.sym_sizes());
+  check_devices(op_name, logits, {{"targets", targets}});
+}
+
+void check_numbers(const CrossEntropyOptions& options) {
+  reduction_from(options.reduction);
+  TORCH_CHECK(options.label_smoothing >= 0 && options.label_smoothing <= 1, op_name,
+              ": label_smoothing: expected a number of [0, 1], not ", options.label_smoothing);
+  TORCH_CHECK(!options.logit_softcap || *options.logit_softcap > 0, op_name,
+              ": logit_softcap: expected more than 0, not ", *options.logit_softcap);
+}
+
+Tensor flat_targets(const Tensor& targets) {
+  return targets.to(at::kLong).reshape({-1}).contiguous();
+}
+
+// --- inner ops ----------------------------------------------------------------------------------
+
+Tensor cross_entropy_statistics(const Tensor& logits, const Tensor& targets,
+                                c10::SymInt vocab_start, std::optional<double> logit_softcap,
+                                std::optional<int64_t> ignore_index, bool with_sum) {
+  check_inputs(logits, targets);
+  const Tensor statistics = at::empty_symint({targets.sym_numel(), with_sum ? 4 : 3},
+                                             logits.options().dtype(accumulation_type(logits)));
+  if (logits.is_meta()) return statistics;
+  const Tensor logit_rows = with_rows(logits), rows = flat_targets(targets);
+  const CrossEntropyStatistics args{.logits = view_rows(logit_rows),
+                                    .targets = view(rows),
+                                    .statistics = view(statistics),
+                                    .vocab_start = vocab_start.expect_int(),
+                                    .ignore_index = ignore_index.value_or(0),
+                                    .softcap = logit_softcap.value_or(0),
+                                    .skip_ignored = ignore_index.has_value()};
+  run_rows(logits, args, args.logits.sizes[0], args.logits.sizes[1]);
+  return statistics;
+}
+
+// {loss, log_sum_exp, count}; count is what a mean was divided by.
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_loss(const Tensor& statistics,
+                                                      const Tensor& targets, c10::SymInt vocabulary,
+                                                      std::string_view reduction_name,
+                                                      int64_t ignore_index, double label_smoothing,
+                                                      double z_loss) {
+  const Reduction reduction = reduction_from(reduction_name);
+  const bool reduced = reduction != Reduction::none;
+  const auto options = statistics.options();
+  const Tensor log_sum_exp = at::empty_symint(targets.sym_sizes(), options);
+  const Tensor loss =
+      reduced ? at::empty({}, options) : at::empty_symint(targets.sym_sizes(), options);
+  const Tensor count = reduced ? at::empty({}, options) : no_output(statistics);
+  if (statistics.is_meta()) return {loss, log_sum_exp, count};
+  const Tensor rows = flat_targets(targets);
+  const Tensor row_loss = reduced ? at::empty({rows.numel()}, options) : loss.view({-1});
+  const Tensor partial = reduced && statistics.is_cuda()
+                             ? at::empty({loss_chunks(rows.numel()), 2}, options)
+                             : Tensor();
+  const CrossEntropyLoss args{.statistics = view(statistics),
+                              .targets = view(rows),
+                              .row_loss = view(row_loss),
+                              .log_sum_exp = view(log_sum_exp.view({-1})),
+                              .loss = reduced ? view(loss.view({1})) : TensorView{},
+                              .count = reduced ? view(count.view({1})) : TensorView{},
+                              .partial = view(partial),
+                              .vocabulary = vocabulary.expect_int(),
+                              .ignore_index = ignore_index,
+                              .label_smoothing = label_smoothing,
+                              .z_loss = z_loss,
+                              .reduction = reduction};
+  if (!statistics.is_cuda()) check_targets(args.targets, args.vocabulary, ignore_index);
+  if (run_on_cuda(statistics, args)) return {loss, log_sum_exp, count};
+  parallel_ranges(rows.numel(), 4096, [&](Range range) { run(args, range); });
+  if (reduced) finish(args);
+  return {loss, log_sum_exp, count};
+}
+
+// What both gradients take besides the logits and where they write.
+struct GradientInputs {
+  Tensor targets, statistics, loss_grad;
+  OptionalTensor log_sum_exp_grad, count;
+  c10::SymInt vocab_start, vocabulary;
+  int64_t ignore_index;
+  double label_smoothing, z_loss;
+  std::optional<double> logit_softcap;
+};
+
+void write_gradient(const Tensor& logits, const Tensor& logits_grad, const GradientInputs& in) {
+  const Tensor rows = flat_targets(in.targets);
+  const auto type = accumulation_type(logits);
+  const Tensor loss_grad = in.loss_grad.to(type).reshape({-1}).contiguous();
+  OptionalTensor lse_grad = in.log_sum_exp_grad;
+  if (lse_grad) lse_grad = lse_grad->to(type).reshape({-1}).contiguous();
+  OptionalTensor count = in.count;
+  if (count) count = count->view({1});
+  TensorView upstream = view(loss_grad);
+  if (in.loss_grad.dim() == 0) {  // of a reduced loss: one value for all rows
+    upstream.sizes[0] = rows.numel();
+    upstream.strides[0] = 0;
+  }
+  const CrossEntropyGradient args{.logits = view_rows(logits),
+                                  .targets = view(rows),
+                                  .statistics = view(in.statistics),
+                                  .loss_grad = upstream,
+                                  .log_sum_exp_grad = view(lse_grad),
+                                  .count = view(count),
+                                  .logits_grad = view_rows(logits_grad),
+                                  .vocab_start = in.vocab_start.expect_int(),
+                                  .vocabulary = in.vocabulary.expect_int(),
+                                  .ignore_index = in.ignore_index,
+                                  .label_smoothing = in.label_smoothing,
+                                  .z_loss = in.z_loss,
+                                  .softcap = in.logit_softcap.value_or(0)};
+  run_rows(logits, args, args.logits.sizes[0], args.logits.sizes[1]);
+}
+
+Tensor cross_entropy_gradient(const Tensor& logits, const Tensor& targets, const Tensor& statistics,
+                              const Tensor& loss_grad, const OptionalTensor& log_sum_exp_grad,
+                              const OptionalTensor& count, c10::SymInt vocab_start,
+                              c10::SymInt vocabulary, int64_t ignore_index, double label_smoothing,
+                              double z_loss, std::optional<double> logit_softcap) {
+  check_inputs(logits, targets);
+  const Tensor logits_grad = at::empty_like(logits, at::MemoryFormat::Contiguous);
+  if (logits.is_meta()) return logits_grad;
+  write_gradient(with_rows(logits), logits_grad,
+                 {targets, statistics, loss_grad, log_sum_exp_grad, count, vocab_start, vocabulary,
+                  ignore_index, label_smoothing, z_loss, logit_softcap});
+  return logits_grad;
+}
+
+void cross_entropy_gradient_inplace(Tensor& logits, const Tensor& targets, const Tensor& statistics,
+                                    const Tensor& loss_grad, const OptionalTensor& log_sum_exp_grad,
+                                    const OptionalTensor& count, c10::SymInt vocab_start,
+                                    c10::SymInt vocabulary, int64_t ignore_index,
+                                    double label_smoothing, double z_loss,
+                                    std::optional<double> logit_softcap) {
+  check_inputs(logits, targets);
+  at::assert_no_internal_overlap(logits);
+  if (logits.is_meta()) return;
+  const Tensor rows = with_rows(logits);  // a copy where the layout asks for one
+  write_gradient(rows, rows,
+                 {targets, statistics, loss_grad, log_sum_exp_grad, count, vocab_start, vocabulary,
+                  ignore_index, label_smoothing, z_loss, logit_softcap});
+  if (!rows.is_same(logits)) logits.copy_(rows);
+}
+
+// Through the dispatcher, so that tracing sees the inner ops.
+struct Forward {
+  Tensor loss, log_sum_exp, count, statistics;
+};
+
+Forward call_forward(const Tensor& logits, const Tensor& targets,
+                     const CrossEntropyOptions& options, bool every_row) {
+  static const auto find_statistics =
+      find_op<decltype(cross_entropy_statistics)>("redline::cross_entropy_statistics");
+  static const auto find_loss =
+      find_op<decltype(cross_entropy_loss)>("redline::cross_entropy_loss");
+  check_inputs(logits, targets);
+  check_numbers(options);
+  const auto skipped = every_row ? std::nullopt : std::optional(options.ignore_index);
+  const Tensor statistics = find_statistics.call(logits, targets, 0, options.logit_softcap, skipped,
+                                                 options.label_smoothing != 0);
+  const auto [loss, log_sum_exp, count] =
+      find_loss.call(statistics, targets, logits.sym_size(-1), options.reduction,
+                     options.ignore_index, options.label_smoothing, options.z_loss);
+  return {loss, log_sum_exp, count, statistics};
+}
+
+Tensor call_gradient(Tensor logits, const GradientInputs& in, bool inplace) {
+  if (inplace) {
+    static const auto op = find_op<decltype(cross_entropy_gradient_inplace)>(
+        "redline::cross_entropy_gradient_inplace");
+    op.call(logits, in.targets, in.statistics, in.loss_grad, in.log_sum_exp_grad, in.count,
+            in.vocab_start, in.vocabulary, in.ignore_index, in.label_smoothing, in.z_loss,
+            in.logit_softcap);
+    return logits.detach();
+  }
+  static const auto op =
+      find_op<decltype(cross_entropy_gradient)>("redline::cross_entropy_gradient");
+  return op.call(logits, in.targets, in.statistics, in.loss_grad, in.log_sum_exp_grad, in.count,
+                 in.vocab_start, in.vocabulary, in.ignore_index, in.label_smoothing, in.z_loss,
+                 in.logit_softcap);
+}
+
+// --- derivative ---------------------------------------------------------------------------------
+
+// A tensor that stands for a real one: the graph that comes of it decides where gradients live.
+bool is_traced(const Tensor& tensor) {
+  return tensor.key_set().has(c10::DispatchKey::Python) ||
+         tensor.key_set().has(c10::DispatchKey::Functionalize) ||
+         c10::impl::TorchDispatchModeTLS::any_modes_set();
+}
+
+void check_overwritable(const Tensor& logits) {
+  if (!logits.requires_grad() || is_traced(logits)) return;
+  const bool of_leaf = logits.is_leaf() || (logits.is_view() && logits._base().is_leaf() &&
+                                            logits._base().requires_grad());
+  TORCH_CHECK(!of_leaf, op_name,
+              ": inplace_backward: expected logits that an op computed, not a leaf tensor, whose "
+              "values the gradient would replace");
+}
+
+struct CrossEntropyFunction : public torch::autograd::Function<CrossEntropyFunction> {
+  // {loss, log_sum_exp}
+  static variable_list forward(AutogradContext* ctx, const Tensor& logits, const Tensor& targets,
+                               const CrossEntropyOptions& options, bool with_log_sum_exp) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const Forward out = call_forward(logits, targets, options, with_log_sum_exp);
+    const bool mean = options.reduction == "mean";
+    ctx->save_for_backward({logits, targets, out.statistics, mean ? out.count : Tensor()});
+    ctx->saved_data["ignore_index"] = options.ignore_index;
+    ctx->saved_data["label_smoothing"] = options.label_smoothing;
+    ctx->saved_data["z_loss"] = options.z_loss;
+    ctx->saved_data["logit_softcap"] = options.logit_softcap;
+    ctx->saved_data["inplace_backward"] = options.inplace_backward;
+    ctx->set_materialize_grads(false);
+    if (with_log_sum_exp) return {out.loss, out.log_sum_exp};
+    return {out.loss};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &logits = saved[0], &targets = saved[1], &statistics = saved[2];
+    const Tensor lse_grad = grads.size() > 1 ? grads[1] : Tensor();
+    if (!grads[0].defined() && !lse_grad.defined()) return {Tensor(), Tensor(), Tensor(), Tensor()};
+    const Tensor loss_grad = grads[0].defined() ? grads[0] : at::zeros({}, statistics.options());
+    const bool inplace = ctx->saved_data["inplace_backward"].toBool() && !is_traced(logits);
+    TORCH_CHECK(!inplace || !at::GradMode::is_enabled(), op_name,
+                ": inplace_backward: expected a backward without create_graph");
+    const Tensor logits_grad = call_gradient(
+        logits,
+        {targets, statistics, loss_grad, optional(lse_grad), optional(saved[3]), 0,
+         logits.sym_size(-1), ctx->saved_data["ignore_index"].toInt(),
+         ctx->saved_data["label_smoothing"].toDouble(), ctx->saved_data["z_loss"].toDouble(),
+         ctx->saved_data["logit_softcap"].toOptional<double>()},
+        inplace);
+    return {logits_grad, Tensor(), Tensor(), Tensor()};
+  }
+};
+
+variable_list differentiable(const Tensor& logits, const Tensor& targets,
+                             const CrossEntropyOptions& options, bool with_log_sum_exp) {
+  if (options.inplace_backward) check_overwritable(logits);
+  return CrossEntropyFunction::apply(logits, targets, options, with_log_sum_exp);
+}
+
+variable_list without_derivative(const Tensor& logits, const Tensor& targets,
+                                 const CrossEntropyOptions& options, bool with_log_sum_exp) {
+  const Forward out = call_forward(logits, targets, options, with_log_sum_exp);
+  return {out.loss, out.log_sum_exp};
+}
+
+// The public ops of one dispatch key, in the form of their schemas.
+template <variable_list (*Run)(const Tensor&, const Tensor&, const CrossEntropyOptions&, bool)>
+struct Public {
+  static Tensor loss(const Tensor& logits, const Tensor& targets, std::string_view reduction,
+                     int64_t ignore_index, double label_smoothing, double z_loss,
+                     std::optional<double> logit_softcap, bool inplace_backward) {
+    return Run(logits, targets,
+               {std::string(reduction), ignore_index, label_smoothing, z_loss, logit_softcap,
+                inplace_backward},
+               false)[0];
+  }
+  static std::tuple<Tensor, Tensor> with_log_sum_exp(const Tensor& logits, const Tensor& targets,
+                                                     std::string_view reduction,
+                                                     int64_t ignore_index, double label_smoothing,
+                                                     double z_loss,
+                                                     std::optional<double> logit_softcap,
+                                                     bool inplace_backward) {
+    const variable_list out = Run(logits, targets,
+                                  {std::string(reduction), ignore_index, label_smoothing, z_loss,
+                                   logit_softcap, inplace_backward},
+                                  true);
+    return {out[0], out[1]};
+  }
+  static void implement(torch::Library& m) {
+    m.impl("cross_entropy", loss);
+    m.impl("cross_entropy_with_log_sum_exp", with_log_sum_exp);
+  }
+};
+
+void implement_inner(torch::Library& m) {
+  m.impl("cross_entropy_statistics", cross_entropy_statistics);
+  m.impl("cross_entropy_loss", cross_entropy_loss);
+  m.impl("cross_entropy_gradient", cross_entropy_gradient);
+  m.impl("cross_entropy_gradient_inplace", cross_entropy_gradient_inplace);
+}
+
+}  // namespace
+
+// --- public ops ---------------------------------------------------------------------------------
+
+Tensor cross_entropy(const Tensor& logits, const Tensor& targets,
+                     const CrossEntropyOptions& options) {
+  static const auto op = find_op<decltype(Public<differentiable>::loss)>("redline::cross_entropy");
+  return op.call(logits, targets, options.reduction, options.ignore_index, options.label_smoothing,
+                 options.z_loss, options.logit_softcap, options.inplace_backward);
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_with_log_sum_exp(const Tensor& logits,
+                                                          const Tensor& targets,
+                                                          const CrossEntropyOptions& options) {
+  static const auto op = find_op<decltype(Public<differentiable>::with_log_sum_exp)>(
+      "redline::cross_entropy_with_log_sum_exp");
+  return op.call(logits, targets, options.reduction, options.ignore_index, options.label_smoothing,
+                 options.z_loss, options.logit_softcap, options.inplace_backward);
+}
+
+TORCH_LIBRARY_FRAGMENT(redline, m) {
+  m.def(
+      "cross_entropy(Tensor logits, Tensor targets, str reduction=\"mean\", "
+      "int ignore_index=-100, float label_smoothing=0.0, float z_loss=0.0, "
+      "float? logit_softcap=None, *, bool inplace_backward=False) -> Tensor");
+  m.def(
+      "cross_entropy_with_log_sum_exp(Tensor logits, Tensor targets, str reduction=\"mean\", "
+      "int ignore_index=-100, float label_smoothing=0.0, float z_loss=0.0, "
+      "float? logit_softcap=None, *, bool inplace_backward=False) "
+      "-> (Tensor loss, Tensor log_sum_exp)");
+  m.def(
+      "cross_entropy_statistics(Tensor logits, Tensor targets, SymInt vocab_start=0, "
+      "float? logit_softcap=None, int? ignore_index=None, bool with_sum=False) -> Tensor");
+  m.def(
+      "cross_entropy_loss(Tensor statistics, Tensor targets, SymInt vocabulary, str reduction, "
+      "int ignore_index, float label_smoothing, float z_loss) "
+      "-> (Tensor loss, Tensor log_sum_exp, Tensor count)");
+  m.def(
+      "cross_entropy_gradient(Tensor logits, Tensor targets, Tensor statistics, "
+      "Tensor loss_grad, Tensor? log_sum_exp_grad, Tensor? count, SymInt vocab_start, "
+      "SymInt vocabulary, int ignore_index, float label_smoothing, float z_loss, "
+      "float? logit_softcap) -> Tensor");
+  m.def(
+      "cross_entropy_gradient_inplace(Tensor(a!) logits, Tensor targets, Tensor statistics, "
+      "Tensor loss_grad, Tensor? log_sum_exp_grad, Tensor? count, SymInt vocab_start, "
+      "SymInt vocabulary, int ignore_index, float label_smoothing, float z_loss, "
+      "float? logit_softcap) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(redline, CPU, m) { implement_inner(m); }
+TORCH_LIBRARY_IMPL(redline, CUDA, m) { implement_inner(m); }
+TORCH_LIBRARY_IMPL(redline, Meta, m) { implement_inner(m); }
+TORCH_LIBRARY_IMPL(redline, CompositeExplicitAutograd, m) {
+  Public<without_derivative>::implement(m);
+}
+TORCH_LIBRARY_IMPL(redline, Autograd, m) {
+  Public<differentiable>::implement(m);
+  refuse_autograd(m, {"cross_entropy_statistics", "cross_entropy_loss", "cross_entropy_gradient",
+                      "cross_entropy_gradient_inplace"});
+}
+TORCH_LIBRARY_IMPL(redline, ADInplaceOrView, m) {
+  m.impl("cross_entropy_gradient_inplace",
+         torch::autograd::autogradNotImplementedInplaceOrViewFallback());
+}
+// 16-bit logits are read as they are: the float32 copy that stock cross entropy makes is the cost.
+TORCH_LIBRARY_IMPL(redline, AutocastCPU, m) {
+  ignore_autocast(m, {"cross_entropy", "cross_entropy_with_log_sum_exp"});
+}
+TORCH_LIBRARY_IMPL(redline, AutocastCUDA, m) {
+  ignore_autocast(m, {"cross_entropy", "cross_entropy_with_log_sum_exp"});
+}
+TORCH_LIBRARY_IMPL(redline, FuncTorchBatched, m) {
+  refuse_vmap(m, {"cross_entropy", "cross_entropy_with_log_sum_exp"});
+}
+
+}  // namespace redline::ops

@@ -1,0 +1,33 @@
+// Cross entropy with z-loss, label smoothing and a logit softcap (formulas:
+// kernels/cross_entropy.h). logits are [..., vocabulary], of any floating dtype and read as they
+// are (under autocast too); targets are [...] int64 or int32. Kept for backward: the logits and
+// three float32 per row, four with label smoothing. The result is float32, float64 for float64
+// logits. A target that is neither a class nor ignore_index: an error on CPU; on CUDA, where
+// nothing is read back, NaN as that row's loss and gradient.
+#pragma once
+
+#include "redline/ops/torch.h"
+
+namespace redline::ops {
+
+struct CrossEntropyOptions {
+  std::string reduction = "mean";  // over the rows that are not ignored; or "sum", "none"
+  int64_t ignore_index = -100;
+  double label_smoothing = 0;
+  double z_loss = 0;  // adds z_loss * log_sum_exp^2
+  std::optional<double> logit_softcap;
+  // Backward writes the gradient over the logits, which then no longer hold them: refused on leaf
+  // tensors, and an error in any other backward that wanted the logits. Without effect under
+  // tracing, where the compiler places buffers.
+  bool inplace_backward = false;
+};
+
+// The loss: a scalar, or the targets' shape with reduction "none".
+at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& targets,
+                         const CrossEntropyOptions& options = {});
+
+// {loss, log_sum_exp}, the second of the targets' shape, ignored rows included; differentiable.
+std::tuple<at::Tensor, at::Tensor> cross_entropy_with_log_sum_exp(
+    const at::Tensor& logits, const at::Tensor& targets, const CrossEntropyOptions& options = {});
+
+}  // namespace redline::ops
