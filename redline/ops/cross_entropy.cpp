@@ -170,6 +170,8 @@ void cross_entropy_gradient_inplace(Tensor& logits, const Tensor& targets, const
                                     std::optional<double> logit_softcap) {
   check_inputs(logits, targets);
   at::assert_no_internal_overlap(logits);
+  // Whoever saved the logits too then gets torch's error, not these values.
+  if (!logits.is_inference()) torch::autograd::impl::bump_version(logits);
   if (logits.is_meta()) return;
   const Tensor rows = with_rows(logits);  // a copy where the layout asks for one
   write_gradient(rows, rows,
@@ -379,10 +381,6 @@ TORCH_LIBRARY_IMPL(redline, Autograd, m) {
   Public<differentiable>::implement(m);
   refuse_autograd(m, {"cross_entropy_statistics", "cross_entropy_loss", "cross_entropy_gradient",
                       "cross_entropy_gradient_inplace"});
-}
-TORCH_LIBRARY_IMPL(redline, ADInplaceOrView, m) {
-  m.impl("cross_entropy_gradient_inplace",
-         torch::autograd::autogradNotImplementedInplaceOrViewFallback());
 }
 // 16-bit logits are read as they are: the float32 copy that stock cross entropy makes is the cost.
 TORCH_LIBRARY_IMPL(redline, AutocastCPU, m) {
