@@ -6,6 +6,15 @@ Autograd of these is the reference for every gradient.
 import torch
 
 
+def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, logit_softcap=None):
+    """Per row, with no row ignored."""
+    x = logits if logit_softcap is None else logit_softcap * torch.tanh(logits / logit_softcap)
+    lse = torch.logsumexp(x, -1)
+    picked = x.gather(-1, targets[..., None])[..., 0]
+    smooth = label_smoothing * x.mean(-1) if label_smoothing else 0.0
+    return lse - (1 - label_smoothing) * picked - smooth + z_loss * lse.square()
+
+
 def rms_norm(x, weight=None, epsilon=1e-5, zero_centered=False):
     y = x / torch.sqrt(x.square().mean(-1, keepdim=True) + epsilon)
     return y if weight is None else y * (weight + 1 if zero_centered else weight)

@@ -1,7 +1,7 @@
 // Cross entropy of logits x and a target class t per row, V classes, with label smoothing s and
 // z-loss weight z:
 //   lse  = m + log(Z),   m = max_j x_j,   Z = sum_j e^(x_j - m)
-//   loss = lse - (1 - s) x_t - s / V sum_j x_j + z lse^2
+//   loss = lse - (1 - s) x_t - s / V sum_j x_j + z lse^2      (lse - x as log(Z) + (m - x))
 // With a softcap c, x_j is c tanh(logit_j / c). Rows whose target is ignore_index give 0 and a zero
 // gradient. Arithmetic in float32 (float64 for float64), one rounding at the end.
 // Two kernels read the logits, so that a vocabulary split over ranks fits between them:

@@ -107,29 +107,26 @@ void statistics_rows(const CrossEntropyStatistics& args, Range rows) {
   }
 }
 
+// lse - x as log(Z) + (m - x): what m and x have in common cancels without rounding.
 template <typename Acc>
-Acc log_sum_exp(const Acc* statistics) {
-  return statistics[0] + static_cast<Acc>(log(statistics[1]));
+Acc row_loss(const CrossEntropyLoss& args, const Acc* statistics, Acc log_sum, Acc lse) {
+  const Acc smoothing = static_cast<Acc>(args.label_smoothing);
+  Acc loss = log_sum + (statistics[0] - statistics[2]);
+  if (smoothing != 0) {
+    const Acc mean = statistics[3] / static_cast<Acc>(args.vocabulary);
+    loss = (1 - smoothing) * loss + smoothing * (log_sum + (statistics[0] - mean));
+  }
+  return args.z_loss != 0 ? loss + static_cast<Acc>(args.z_loss) * lse * lse : loss;
 }
 
 template <typename Acc>
 void loss_rows(const CrossEntropyLoss& args, Range rows) {
-  const Acc smoothing = static_cast<Acc>(args.label_smoothing);
-  const Acc z_loss = static_cast<Acc>(args.z_loss);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const Acc* statistics = args.statistics.as<const Acc>() + row * args.statistics.strides[0];
-    const Acc lse = log_sum_exp(statistics);
+    const Acc log_sum = static_cast<Acc>(log(statistics[1])), lse = statistics[0] + log_sum;
+    const bool ignored = args.targets.as<const int64_t>()[row] == args.ignore_index;
     args.log_sum_exp.as<Acc>()[row] = lse;
-    Acc loss = 0;
-    if (args.targets.as<const int64_t>()[row] != args.ignore_index) {
-      loss = lse - statistics[2];
-      if (smoothing != 0) {
-        const Acc mean = statistics[3] / static_cast<Acc>(args.vocabulary);
-        loss = (1 - smoothing) * loss + smoothing * (lse - mean);
-      }
-      if (z_loss != 0) loss += z_loss * lse * lse;
-    }
-    args.row_loss.as<Acc>()[row] = loss;
+    args.row_loss.as<Acc>()[row] = ignored ? 0 : row_loss(args, statistics, log_sum, lse);
   }
 }
 
@@ -149,7 +146,8 @@ RowGradient<Acc> row_gradient(const CrossEntropyGradient& args, int64_t row, boo
   }
   Acc through_lse = upstream;
   if (args.z_loss != 0) {
-    through_lse *= 1 + 2 * static_cast<Acc>(args.z_loss) * log_sum_exp(statistics);
+    const Acc lse = statistics[0] + static_cast<Acc>(log(statistics[1]));
+    through_lse *= 1 + 2 * static_cast<Acc>(args.z_loss) * lse;
   }
   if (args.log_sum_exp_grad) through_lse += args.log_sum_exp_grad.as<const Acc>()[row];
   const Acc smoothing = static_cast<Acc>(args.label_smoothing);

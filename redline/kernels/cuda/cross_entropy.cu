@@ -159,16 +159,18 @@ struct LossArgs {
   float label_smoothing, z_loss;
 };
 
+// lse - x as log(Z) + (m - x): what m and x have in common cancels without rounding.
 __device__ __forceinline__ float row_loss(const LossArgs& args, int64_t row, int64_t target) {
   const float* statistics = args.statistics + row * args.width;
-  const float lse = statistics[0] + logf(statistics[1]);
+  const float log_sum = logf(statistics[1]), lse = statistics[0] + log_sum;
   args.log_sum_exp[row] = lse;
   if (target == args.ignore_index) return 0.0f;
   if (!is_class(target, args.vocabulary)) return __int_as_float(0x7fc00000);
-  float loss = lse - statistics[2];
+  float loss = log_sum + (statistics[0] - statistics[2]);
   if (args.label_smoothing != 0.0f) {
     const float mean = statistics[3] / static_cast<float>(args.vocabulary);
-    loss = (1.0f - args.label_smoothing) * loss + args.label_smoothing * (lse - mean);
+    loss = (1.0f - args.label_smoothing) * loss +
+           args.label_smoothing * (log_sum + (statistics[0] - mean));
   }
   return args.z_loss != 0.0f ? loss + args.z_loss * lse * lse : loss;
 }
