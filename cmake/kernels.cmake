@@ -7,7 +7,8 @@ target_compile_options(
 # One file per op, alphabetical: redline/kernels/<op>.cpp and redline/kernels/cpu/<op>.cpp.
 set(REDLINE_OPS
     cross_entropy
-    norm)
+    norm
+    softmax)
 list(TRANSFORM REDLINE_OPS PREPEND redline/kernels/ OUTPUT_VARIABLE REDLINE_KERNEL_SOURCES)
 list(TRANSFORM REDLINE_KERNEL_SOURCES APPEND .cpp)
 list(TRANSFORM REDLINE_OPS PREPEND redline/kernels/cpu/ OUTPUT_VARIABLE REDLINE_CPU_SOURCES)
@@ -39,7 +40,7 @@ add_cpu_kernels(avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c
 if(REDLINE_WITH_CUDA)
   # One file per op, or a folder of that name where one file outgrew 400 lines.
   set(REDLINE_CUDA_SOURCES
-      cross_entropy norm/backward norm/forward)
+      cross_entropy norm/backward norm/forward softmax)
   list(TRANSFORM REDLINE_CUDA_SOURCES PREPEND redline/kernels/cuda/)
   list(TRANSFORM REDLINE_CUDA_SOURCES APPEND .cu)
   target_sources(redline_kernels PRIVATE ${REDLINE_CUDA_SOURCES})

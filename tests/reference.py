@@ -26,3 +26,14 @@ def layer_norm(x, weight=None, bias=None, epsilon=1e-5, zero_centered=False):
     if weight is not None:
         y = y * (weight + 1 if zero_centered else weight)
     return y if bias is None else y + bias
+
+
+def softmax(scores, excluded, scale=1.0, sink=None):
+    """excluded: bool, broadcast to scores; rows without a key give zeros."""
+    x = (scores * scale).masked_fill(excluded, float("-inf"))
+    top = x.detach().amax(-1, keepdim=True).clamp_min(0.0)
+    weights = torch.exp(x - top)
+    total = weights.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + torch.exp(sink[:, None, None] - top)
+    return torch.where(total == 0, 0.0, weights / torch.where(total == 0, 1.0, total))

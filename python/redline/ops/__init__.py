@@ -6,6 +6,7 @@ Each works on CPU and CUDA tensors, is differentiable, traces under ``torch.comp
 
 from redline.ops.cross_entropy import cross_entropy
 from redline.ops.norm import layer_norm, residual_layer_norm, residual_rms_norm, rms_norm
+from redline.ops.softmax import softmax
 
 __all__ = [
     "cross_entropy",
@@ -13,4 +14,5 @@ __all__ = [
     "residual_layer_norm",
     "residual_rms_norm",
     "rms_norm",
+    "softmax",
 ]

@@ -3,43 +3,10 @@
 #include "redline/kernels/cpu/cross_entropy.h"
 
 #include "redline/kernels/cpu/block.h"
-#include "redline/kernels/cpu/vector_math.h"
+#include "redline/kernels/cpu/running_sum.h"
 
 namespace redline::cpu::REDLINE_ISA {
 namespace {
-
-template <typename Acc>
-constexpr Acc infinity = static_cast<Acc>(__builtin_inf());
-
-// `value` in the lanes past n.
-template <typename Acc>
-REDLINE_INLINE Vector<Acc> fill_tail(Vector<Acc> v, int n, Acc value) {
-  for (int i = n; i < lanes<Acc>; ++i) v[i] = value;
-  return v;
-}
-
-template <typename Acc>
-REDLINE_INLINE Vector<Acc> larger(Vector<Acc> a, Vector<Acc> b) {
-  return select(a > b, a, b);
-}
-
-// NaN is passed over; the sum of exponentials meets it.
-template <typename Acc>
-Acc largest(const Acc* x, int count) {
-  Vector<Acc> found[4];
-  for (int k = 0; k < 4; ++k) found[k] = broadcast<Acc>(-infinity<Acc>);
-  int i = 0;
-  for (; i + 4 * lanes<Acc> <= count; i += 4 * lanes<Acc>) {
-    for (int k = 0; k < 4; ++k) found[k] = larger<Acc>(load(x + i + k * lanes<Acc>), found[k]);
-  }
-  for (; i + lanes<Acc> <= count; i += lanes<Acc>) found[0] = larger<Acc>(load(x + i), found[0]);
-  if (i < count) {
-    const Vector<Acc> tail = fill_tail<Acc>(load(x + i, count - i), count - i, -infinity<Acc>);
-    found[0] = larger<Acc>(tail, found[0]);
-  }
-  return max_lanes<Acc>(
-      larger<Acc>(larger<Acc>(found[0], found[1]), larger<Acc>(found[2], found[3])));
-}
 
 // Blocks of one row of logits, softcapped where asked.
 template <typename Acc>
@@ -59,27 +26,6 @@ struct LogitReader {
 };
 
 template <typename Acc>
-struct RowStatistics {
-  Acc maximum = -infinity<Acc>, exponentials = 0, target = 0, sum = 0;
-};
-
-// Adds one block. While every logit is -inf the exponentials stay 0.
-template <typename Acc>
-REDLINE_INLINE void add_block(RowStatistics<Acc>& row, const Acc* x, int count) {
-  const Acc maximum = largest(x, count);
-  if (maximum > row.maximum) {
-    if (row.exponentials != 0) {
-      row.exponentials *= exp(broadcast<Acc>(row.maximum - maximum))[0];
-    }
-    row.maximum = maximum;
-  }
-  const Acc origin = row.maximum == -infinity<Acc> ? 0 : row.maximum;
-  row.exponentials += redline::cpu::REDLINE_ISA::sum<Acc>(count, [&](int i, int n) {
-    return exp(fill_tail<Acc>(load(x + i, n) - origin, n, -infinity<Acc>));
-  });
-}
-
-template <typename Acc>
 void statistics_rows(const CrossEntropyStatistics& args, Range rows) {
   const int64_t cols = args.logits.sizes[1];
   const bool with_sum = args.statistics.sizes[1] == 4;
@@ -87,7 +33,8 @@ void statistics_rows(const CrossEntropyStatistics& args, Range rows) {
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     Acc* out = args.statistics.as<Acc>() + row * args.statistics.strides[0];
     const int64_t target = args.targets.as<const int64_t>()[row];
-    RowStatistics<Acc> found;
+    RunningSum<Acc> found;
+    Acc target_logit = 0, logit_sum = 0;
     if (args.skip_ignored && target == args.ignore_index) {
       found.maximum = 0;
       found.exponentials = 1;
@@ -96,14 +43,14 @@ void statistics_rows(const CrossEntropyStatistics& args, Range rows) {
       for_blocks(cols, [&](int64_t col, int count) {
         const Acc* x = logits(row, col, count);
         add_block(found, x, count);
-        if (target_col >= col && target_col < col + count) found.target = x[target_col - col];
-        if (with_sum) found.sum += sum<Acc>(count, [&](int i, int n) { return load(x + i, n); });
+        if (target_col >= col && target_col < col + count) target_logit = x[target_col - col];
+        if (with_sum) logit_sum += sum<Acc>(count, [&](int i, int n) { return load(x + i, n); });
       });
     }
     out[0] = found.maximum;
     out[1] = found.exponentials;
-    out[2] = found.target;
-    if (with_sum) out[3] = found.sum;
+    out[2] = target_logit;
+    if (with_sum) out[3] = logit_sum;
   }
 }
 
