@@ -7,7 +7,9 @@ target_compile_options(
 # One file per op, alphabetical: redline/kernels/<op>.cpp and redline/kernels/cpu/<op>.cpp.
 set(REDLINE_OPS
     cross_entropy
+    embedding
     norm
+    rotary
     softmax)
 list(TRANSFORM REDLINE_OPS PREPEND redline/kernels/ OUTPUT_VARIABLE REDLINE_KERNEL_SOURCES)
 list(TRANSFORM REDLINE_KERNEL_SOURCES APPEND .cpp)

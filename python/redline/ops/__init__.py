@@ -10,9 +10,17 @@ from redline.ops.softmax import softmax
 
 __all__ = [
     "cross_entropy",
+from redline.ops.embedding import embedding
+from redline.ops.norm import layer_norm, residual_layer_norm, residual_rms_norm, rms_norm
+from redline.ops.rotary import qkv_rotary, rotary
+
+__all__ = [
+    "embedding",
     "layer_norm",
+    "qkv_rotary",
     "residual_layer_norm",
     "residual_rms_norm",
     "rms_norm",
     "softmax",
+    "rotary",
 ]

@@ -1,0 +1,65 @@
+"""Rotary position embedding of one tensor, or of q and k inside packed q, k and v."""
+
+import torch
+from torch import Tensor
+
+import redline._library  # noqa: F401  (registers the ops)
+
+_ops = torch.ops.redline
+
+
+def rotary(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    interleaved: bool = False,
+    layout: str = "bshd",
+    *,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """(a cos - b sin, b cos + a sin) for each pair (a, b) of a head (Su et al., 2021).
+
+    x: [batch, seq, heads, head_dim] (layout bshd), [seq, batch, heads, head_dim] (sbhd) or
+    [tokens, heads, head_dim] (thd); any strides, read in place where head_dim is adjacent.
+    cos, sin: float32 [positions, rotary_dim / 2]; elements of a head from rotary_dim on are copied.
+    positions: the tables' row of each token, int64 or int32, [seq] or [batch, seq], for thd
+    [tokens]. Without them a sequence counts from 0, in thd from each boundary of cu_seqlens, int64
+    or int32 [sequences + 1]; thd tokens outside the boundaries are copied.
+    interleaved: pairs are (x[2 i], x[2 i + 1]) and not (x[i], x[i + rotary_dim / 2]).
+    A position outside the tables is an error on CPU and gives NaN on CUDA. Computes in float32,
+    rounds once, keeps nothing per token for backward; cos and sin have no gradient.
+
+    >>> quarter = torch.tensor([[0.0], [1.0]])
+    >>> rotary(torch.tensor([[[[1.0, 0.0]], [[1.0, 0.0]]]]), 1 - quarter, quarter)
+    tensor([[[[1., 0.]],
+    <BLANKLINE>
+             [[0., 1.]]]])
+    """
+    return _ops.rotary(x, cos, sin, positions, interleaved, layout, cu_seqlens=cu_seqlens)
+
+
+def qkv_rotary(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    kv_heads: int,
+    positions: Tensor | None = None,
+    interleaved: bool = False,
+    layout: str = "bshd",
+    *,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """`rotary` of the q and k inside packed q, k and v; v is copied.
+
+    qkv: as x in `rotary` with its last two axes packed into one of
+    ``kv_heads * (heads / kv_heads + 2) * head_dim``: per key head, its q heads, then k, then v.
+    Returns one tensor of the same shape and packing.
+
+    >>> qkv_rotary(torch.ones(1, 1, 6), torch.zeros(1, 1), torch.ones(1, 1), heads=1, kv_heads=1)
+    tensor([[[-1.,  1., -1.,  1.,  1.,  1.]]])
+    """
+    return _ops.qkv_rotary(
+        qkv, cos, sin, heads, kv_heads, positions, interleaved, layout, cu_seqlens=cu_seqlens
+    )

@@ -1,0 +1,181 @@
+// One token: its row of the tables is laid out once, as the pair convention wants it, and stays in
+// L1 while every head is read and written once.
+#include "redline/kernels/cpu/rotary.h"
+
+#include "redline/kernels/cpu/block.h"
+
+namespace redline::cpu::REDLINE_ISA {
+namespace {
+
+template <typename T>
+struct AccumulationOf {
+  using type = float;
+};
+template <>
+struct AccumulationOf<double> {
+  using type = double;
+};
+template <typename T>
+using Accumulation = typename AccumulationOf<T>::type;
+
+template <typename T>
+REDLINE_INLINE Vector<Accumulation<T>> load_values(const T* from, int n) {
+  if constexpr (sizeof(T) == 2) {
+    return load_half(from, n);
+  } else {
+    return load(from, n);
+  }
+}
+
+template <typename T>
+REDLINE_INLINE void store_values(T* to, Vector<Accumulation<T>> v, int n) {
+  if constexpr (sizeof(T) == 2) {
+    store_half(to, v, n);
+  } else {
+    store(to, v, n);
+  }
+}
+
+typedef uint64_t UInt64s __attribute__((vector_size(vector_bytes)));
+
+// Lanes 2 i and 2 i + 1 change places.
+REDLINE_INLINE Float32s swap_neighbours(Float32s v) {
+  const UInt64s pairs = reinterpret_cast<UInt64s>(v);
+  return reinterpret_cast<Float32s>((pairs << 32) | (pairs >> 32));
+}
+REDLINE_INLINE Float64s swap_neighbours(Float64s v) {
+  Float64s result;
+  for (int i = 0; i < lanes<double>; ++i) result[i] = v[i ^ 1];
+  return result;
+}
+
+constexpr int pairs_per_block = block_size / 2;
+
+// cos and sin of a block of pairs: one per pair, or one per element when interleaved. Backward
+// turns the other way.
+template <typename Acc>
+struct Tables {
+  Block<Acc> cos, sin;
+
+  void read_halves(const float* cos_row, const float* sin_row, int pairs, Acc direction) {
+    for (int i = 0; i < pairs; ++i) {
+      cos.values[i] = cos_row[i];
+      sin.values[i] = direction * sin_row[i];
+    }
+  }
+  void read_neighbours(const float* cos_row, const float* sin_row, int pairs, Acc direction) {
+    for (int i = 0; i < pairs; ++i) {
+      cos.values[2 * i] = cos.values[2 * i + 1] = cos_row[i];
+      sin.values[2 * i] = -direction * sin_row[i];
+      sin.values[2 * i + 1] = direction * sin_row[i];
+    }
+  }
+};
+
+// Pairs (x[i], x[i + half]), `pairs` of them.
+template <typename T>
+REDLINE_INLINE void rotate_halves(const T* x, T* y, int64_t half, int pairs,
+                                  const Tables<Accumulation<T>>& tables) {
+  for_vectors<Accumulation<T>>(pairs, [&](int i, int n) {
+    const auto a = load_values(x + i, n), b = load_values(x + half + i, n);
+    const auto c = load(tables.cos.values + i, n), s = load(tables.sin.values + i, n);
+    store_values(y + i, a * c - b * s, n);
+    store_values(y + half + i, b * c + a * s, n);
+  });
+}
+
+// Pairs (x[2 i], x[2 i + 1]).
+template <typename T>
+REDLINE_INLINE void rotate_neighbours(const T* x, T* y, int pairs,
+                                      const Tables<Accumulation<T>>& tables) {
+  for_vectors<Accumulation<T>>(2 * pairs, [&](int i, int n) {
+    const auto v = load_values(x + i, n);
+    const auto c = load(tables.cos.values + i, n), s = load(tables.sin.values + i, n);
+    store_values(y + i, v * c + swap_neighbours(v) * s, n);
+  });
+}
+
+template <typename T>
+struct Token {
+  const Rotary& args;
+  const T* x;
+  T* y;
+
+  Token(const Rotary& args, int64_t outer, int64_t inner)
+      : args(args),
+        x(args.x.as<const T>() + outer * args.x.strides[0] + inner * args.x.strides[1]),
+        y(args.y.as<T>() + outer * args.y.strides[0] + inner * args.y.strides[1]) {}
+
+  // Calls body(x, y, rotated) for each head.
+  template <typename Body>
+  REDLINE_INLINE void for_heads(Body body) const {
+    const int64_t heads = args.x.sizes[2];
+    int64_t in_group = 0;
+    for (int64_t head = 0; head < heads; ++head) {
+      body(x + head * args.x.strides[2], y + head * args.y.strides[2],
+           in_group < args.rotated_heads);
+      in_group = in_group + 1 < args.group_heads ? in_group + 1 : 0;
+    }
+  }
+};
+
+template <typename T>
+void rotate_block(const Token<T>& token, const float* cos, const float* sin, int64_t first,
+                  int pairs) {
+  using Acc = Accumulation<T>;
+  const Rotary& args = token.args;
+  const int64_t half = args.cos.sizes[1];
+  const Acc direction = args.backward ? -1 : 1;
+  Tables<Acc> tables;
+  if (args.interleaved) {
+    tables.read_neighbours(cos + first, sin + first, pairs, direction);
+    token.for_heads([&](const T* x, T* y, bool rotated) {
+      if (rotated) rotate_neighbours(x + 2 * first, y + 2 * first, pairs, tables);
+    });
+  } else {
+    tables.read_halves(cos + first, sin + first, pairs, direction);
+    token.for_heads([&](const T* x, T* y, bool rotated) {
+      if (rotated) rotate_halves(x + first, y + first, half, pairs, tables);
+    });
+  }
+}
+
+template <typename T>
+void rotate_token(const Rotary& args, int64_t outer, int64_t inner, int64_t position) {
+  const Token<T> token(args, outer, inner);
+  const int64_t row = position == no_position ? 0 : position;
+  const int64_t pairs = position == no_position ? 0 : args.cos.sizes[1];
+  const float* cos = args.cos.as<const float>() + row * args.cos.strides[0];
+  const float* sin = args.sin.as<const float>() + row * args.sin.strides[0];
+  for (int64_t first = 0; first < pairs; first += pairs_per_block) {
+    const int64_t left = pairs - first;
+    rotate_block(token, cos, sin, first,
+                 static_cast<int>(left < pairs_per_block ? left : pairs_per_block));
+  }
+  const int64_t head_dim = args.x.sizes[3];
+  token.for_heads([&](const T* x, T* y, bool rotated) {
+    const int64_t copied_from = rotated ? 2 * pairs : 0;
+    if (copied_from == head_dim) return;
+    memcpy(y + copied_from, x + copied_from,
+           static_cast<size_t>(head_dim - copied_from) * sizeof(T));
+  });
+}
+
+void rotate(const Rotary& args, int64_t outer, int64_t inner, int64_t position) {
+  switch (args.x.dtype) {
+    case DType::float64:
+      return rotate_token<double>(args, outer, inner, position);
+    case DType::float32:
+      return rotate_token<float>(args, outer, inner, position);
+    case DType::bfloat16:
+      return rotate_token<bfloat16>(args, outer, inner, position);
+    default:
+      return rotate_token<float16>(args, outer, inner, position);
+  }
+}
+
+}  // namespace
+
+extern const RotaryKernels rotary_kernels = {rotate};
+
+}  // namespace redline::cpu::REDLINE_ISA

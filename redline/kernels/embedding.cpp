@@ -1,0 +1,97 @@
+#include "redline/kernels/embedding.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "redline/kernels/cpu/embedding.h"
+#include "redline/kernels/cpu/isa.h"
+
+namespace redline {
+namespace {
+
+constexpr int64_t int32_limit = int64_t{1} << 31;
+
+void check_token_dtype(const TensorView& tokens) {
+  REDLINE_CHECK(tokens.dtype == DType::int64 || tokens.dtype == DType::int32,
+                "embedding: tokens: expected int64 or int32, not ", tokens.dtype);
+}
+
+void check_floating(const char* tensor, const TensorView& view) {
+  REDLINE_CHECK(view.rank == 2 && is_floating(view.dtype), "embedding: ", tensor,
+                ": expected a matrix of a floating dtype, not ", view);
+}
+
+int64_t token_at(const TensorView& tokens, int64_t i) {
+  return tokens.dtype == DType::int64 ? tokens.as<const int64_t>()[i]
+                                      : tokens.as<const int32_t>()[i];
+}
+
+const cpu::EmbeddingKernels& kernels() {
+  return cpu::choose(cpu::baseline::embedding_kernels, cpu::avx2::embedding_kernels,
+                     cpu::avx512::embedding_kernels);
+}
+
+}  // namespace
+
+void check(const EmbeddingForward& args) {
+  check_floating("weight", args.weight);
+  check_token_dtype(args.tokens);
+  check_vector("embedding", "tokens", args.tokens, args.tokens.sizes[0]);
+  check_rows("embedding", "weight", args.weight, args.weight.sizes[0], args.weight.sizes[1]);
+  check_rows("embedding", "y", args.y, args.tokens.sizes[0], args.weight.sizes[1]);
+  REDLINE_CHECK(args.y.dtype == args.weight.dtype, "embedding: y: expected ", args.weight.dtype,
+                ", not ", args.y.dtype);
+}
+
+void check(const EmbeddingBackward& args) {
+  check_floating("weight_grad", args.weight_grad);
+  check_floating("y_grad", args.y_grad);
+  check_token_dtype(args.tokens);
+  const int64_t count = args.tokens.sizes[0], vocabulary = args.weight_grad.sizes[0],
+                hidden = args.weight_grad.sizes[1];
+  check_vector("embedding", "tokens", args.tokens, count);
+  check_rows("embedding", "y_grad", args.y_grad, count, hidden);
+  check_rows("embedding", "weight_grad", args.weight_grad, vocabulary, hidden);
+  const DType dtype = args.weight_grad.dtype, wide = accumulation_dtype(args.y_grad.dtype);
+  REDLINE_CHECK(dtype == args.y_grad.dtype || dtype == wide, "embedding: weight_grad: expected ",
+                args.y_grad.dtype, " or ", wide, ", not ", dtype);
+  REDLINE_CHECK(count < int32_limit && vocabulary < int32_limit,
+                "embedding: tokens: expected fewer than 2^31 tokens and rows, not ", count, " and ",
+                vocabulary);
+  REDLINE_CHECK(args.padding_index >= -1 && args.padding_index < std::max<int64_t>(vocabulary, 1),
+                "embedding: padding_index: expected a row of ", vocabulary, ", not ",
+                args.padding_index);
+  REDLINE_CHECK(args.workspace.present && args.workspace.dtype == DType::int32,
+                "embedding: workspace: expected int32, not ", args.workspace);
+}
+
+void check_tokens(const TensorView& tokens, int64_t vocabulary) {
+  for (int64_t i = 0; i < tokens.sizes[0]; ++i) {
+    const int64_t token = token_at(tokens, i);
+    REDLINE_CHECK(token >= 0 && token < vocabulary, "embedding: tokens: expected 0 to ",
+                  vocabulary - 1, ", not ", token);
+  }
+}
+
+void run(const EmbeddingForward& args, Range tokens) { kernels().forward(args, tokens); }
+void run(const EmbeddingBackward& args, Range rows) { kernels().backward(args, rows); }
+
+// Counting sort: the tokens of row v are order[ends[v - 1]] to order[ends[v] - 1], in the order in
+// which they occur.
+void sort_tokens(const EmbeddingBackward& args) {
+  const int64_t count = args.tokens.sizes[0], vocabulary = args.weight_grad.sizes[0];
+  check_tokens(args.tokens, vocabulary);
+  int32_t* ends = args.workspace.as<int32_t>();
+  int32_t* order = ends + vocabulary;
+  std::fill_n(ends, vocabulary, 0);
+  for (int64_t i = 0; i < count; ++i) ++ends[token_at(args.tokens, i)];
+  int32_t begin = 0;
+  for (int64_t v = 0; v < vocabulary; ++v) begin += std::exchange(ends[v], begin);
+  for (int64_t i = 0; i < count; ++i) {
+    order[ends[token_at(args.tokens, i)]++] = static_cast<int32_t>(i);
+  }
+}
+
+int64_t cpu::embedding_workspace(int64_t tokens, int64_t vocabulary) { return tokens + vocabulary; }
+
+}  // namespace redline

@@ -1,0 +1,129 @@
+#include "redline/kernels/rotary.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "redline/kernels/cpu/isa.h"
+#include "redline/kernels/cpu/rotary.h"
+
+namespace redline {
+namespace {
+
+const char* name(const Rotary& args) { return args.group_heads > 1 ? "qkv_rotary" : "rotary"; }
+
+void check_tables(const char* op, const Rotary& args) {
+  for (const auto& [tensor, table] : {std::pair{"cos", &args.cos}, std::pair{"sin", &args.sin}}) {
+    REDLINE_CHECK(table->present && table->rank == 2 && table->dtype == DType::float32, op, ": ",
+                  tensor, ": expected [positions, rotary_dim / 2] float32, not ", *table);
+    REDLINE_CHECK(table->numel() == 0 || (table->strides[1] == 1 || table->sizes[1] == 1), op, ": ",
+                  tensor, ": expected contiguous, not a stride of ", table->strides[1]);
+  }
+  REDLINE_CHECK(args.sin.sizes[0] == args.cos.sizes[0] && args.sin.sizes[1] == args.cos.sizes[1],
+                op, ": sin: expected the shape of cos, ", args.cos, ", not ", args.sin);
+  REDLINE_CHECK(2 * args.cos.sizes[1] <= args.x.sizes[3], op, ": cos: expected at most ",
+                args.x.sizes[3] / 2, " columns for a head_dim of ", args.x.sizes[3], ", not ",
+                args.cos.sizes[1]);
+}
+
+void check_index(const char* op, const char* tensor, const TensorView& index) {
+  REDLINE_CHECK(index.dtype == DType::int64 || index.dtype == DType::int32, op, ": ", tensor,
+                ": expected int64 or int32, not ", index.dtype);
+}
+
+int64_t read_index(const TensorView& index, int64_t offset) {
+  return index.dtype == DType::int64 ? index.as<const int64_t>()[offset]
+                                     : index.as<const int32_t>()[offset];
+}
+
+// The last boundary at or before `token`; -1 where there is none, or where it is the last of all.
+int64_t sequence_start(const TensorView& cu_seqlens, int64_t token) {
+  int64_t begin = 0, end = cu_seqlens.sizes[0];  // the first boundary beyond `token` is in here
+  while (begin < end) {
+    const int64_t middle = begin + (end - begin) / 2;
+    if (read_index(cu_seqlens, middle) <= token) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  if (begin == 0 || begin == cu_seqlens.sizes[0]) return -1;
+  return read_index(cu_seqlens, begin - 1);
+}
+
+// The token's row of the tables, or no_position.
+int64_t position_of(const Rotary& args, int64_t outer, int64_t inner) {
+  const char* tensor = "positions";
+  int64_t position = args.sequence_axis == 0 ? outer : inner;
+  if (args.positions) {
+    const int64_t* strides = args.positions.strides;
+    position = read_index(args.positions, outer * strides[0] + inner * strides[1]);
+  } else if (args.cu_seqlens) {
+    const int64_t start = sequence_start(args.cu_seqlens, inner);
+    if (start < 0) return cpu::no_position;
+    tensor = "cu_seqlens";
+    position = inner - start;
+  }
+  REDLINE_CHECK(position >= 0 && position < args.cos.sizes[0], name(args), ": ", tensor,
+                ": expected positions from 0 to ", args.cos.sizes[0] - 1, ", not ", position);
+  return position;
+}
+
+const cpu::RotaryKernels& kernels() {
+  return cpu::choose(cpu::baseline::rotary_kernels, cpu::avx2::rotary_kernels,
+                     cpu::avx512::rotary_kernels);
+}
+
+// Calls body(outer, inner, position) for each token of the range.
+template <typename Body>
+void for_tokens(const Rotary& args, Range tokens, Body body) {
+  const int64_t columns = args.x.sizes[1];
+  for (int64_t token = tokens.begin; token < tokens.end; ++token) {
+    const int64_t outer = token / columns, inner = token % columns;
+    body(outer, inner, position_of(args, outer, inner));
+  }
+}
+
+}  // namespace
+
+void check(const Rotary& args) {
+  const char* op = name(args);
+  const TensorView &x = args.x, &y = args.y;
+  REDLINE_CHECK(x.rank == 4 && is_floating(x.dtype), op,
+                ": x: expected [outer, inner, heads, head_dim] of a floating dtype, not ", x);
+  REDLINE_CHECK(x.strides[3] == 1 || x.sizes[3] <= 1 || x.numel() == 0, op,
+                ": x: expected an adjacent head_dim, not a stride of ", x.strides[3]);
+  REDLINE_CHECK(y.rank == 4 && y.dtype == x.dtype && std::equal(x.sizes, x.sizes + 4, y.sizes), op,
+                ": y: expected ", x, ", not ", y);
+  REDLINE_CHECK(args.group_heads >= 1 && x.sizes[2] % args.group_heads == 0, op,
+                ": x: expected heads in groups of ", args.group_heads, ", not ", x.sizes[2]);
+  check_tables(op, args);
+  if (args.positions) {
+    check_index(op, "positions", args.positions);
+    REDLINE_CHECK(args.positions.rank == 2 && args.positions.sizes[0] == x.sizes[0] &&
+                      args.positions.sizes[1] == x.sizes[1],
+                  op, ": positions: expected [", x.sizes[0], ", ", x.sizes[1], "], not ",
+                  args.positions);
+  }
+  if (args.cu_seqlens) {
+    check_index(op, "cu_seqlens", args.cu_seqlens);
+    REDLINE_CHECK(args.cu_seqlens.rank == 1 && args.cu_seqlens.sizes[0] >= 1, op,
+                  ": cu_seqlens: expected [sequences + 1], not ", args.cu_seqlens);
+  }
+  const int64_t length = x.sizes[args.sequence_axis];
+  REDLINE_CHECK(args.positions || args.cu_seqlens || length <= args.cos.sizes[0] || x.numel() == 0,
+                op, ": cos: expected at least ", length, " positions, not ", args.cos.sizes[0]);
+}
+
+void check_positions(const Rotary& args) {
+  if (!args.positions && !args.cu_seqlens) return;
+  for_tokens(args, {0, args.x.sizes[0] * args.x.sizes[1]}, [](int64_t, int64_t, int64_t) {});
+}
+
+void run(const Rotary& args, Range tokens) {
+  const cpu::RotaryKernels& table = kernels();
+  for_tokens(args, tokens, [&](int64_t outer, int64_t inner, int64_t position) {
+    table.rotate(args, outer, inner, position);
+  });
+}
+
+}  // namespace redline

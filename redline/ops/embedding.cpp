@@ -1,0 +1,187 @@
+#include "redline/ops/embedding.h"
+
+#include "redline/kernels/embedding.h"
+#include "redline/ops/registration.h"
+#include "redline/ops/run.h"
+
+namespace redline::ops {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+void check_tokens_dtype(const Tensor& tokens) {
+  TORCH_CHECK(tokens.scalar_type() == at::kLong || tokens.scalar_type() == at::kInt,
+              "embedding: tokens: expected int64 or int32, not ", tokens.scalar_type());
+}
+
+void check_floating_type(const char* name, const Tensor& tensor) {
+  TORCH_CHECK(at::isFloatingType(tensor.scalar_type()), "embedding: ", name,
+              ": expected a floating dtype, not ", tensor.scalar_type());
+}
+
+// The row that padding_idx names; -1 for none.
+int64_t padding_row(std::optional<int64_t> padding_idx, int64_t vocabulary) {
+  if (!padding_idx) return -1;
+  TORCH_CHECK(*padding_idx >= -vocabulary && *padding_idx < vocabulary,
+              "embedding: padding_idx: expected a row of ", vocabulary, ", not ", *padding_idx);
+  return *padding_idx < 0 ? *padding_idx + vocabulary : *padding_idx;
+}
+
+Tensor embedding_forward(const Tensor& tokens, const Tensor& weight) {
+  check_tokens_dtype(tokens);
+  TORCH_CHECK(weight.dim() == 2, "embedding: weight: expected [vocabulary, hidden], not a rank of ",
+              weight.dim());
+  check_floating_type("weight", weight);
+  check_devices("embedding", weight, {{"tokens", tokens}});
+  c10::SymDimVector sizes(tokens.sym_sizes().begin(), tokens.sym_sizes().end());
+  sizes.push_back(weight.sym_size(1));
+  Tensor y = at::empty_symint(sizes, weight.options());
+  if (weight.is_meta()) return y;
+  const Tensor flat = tokens.contiguous().view({-1}), weight_rows = with_rows(weight);
+  const int64_t count = flat.numel(), hidden = weight.size(1);
+  const EmbeddingForward args{.tokens = view(flat),
+                              .weight = view_rows(weight_rows),
+                              .y = view_rows(y.view({count, hidden}))};
+  if (run_on_cuda(weight, args)) return y;
+  check_tokens(args.tokens, weight.size(0));
+  parallel_ranges(count, rows_per_task(hidden), [&](Range range) { run(args, range); });
+  return y;
+}
+
+int64_t workspace_size(const Tensor& like, int64_t tokens, int64_t vocabulary) {
+  if constexpr (with_cuda) {
+    if (like.is_cuda()) return cuda::embedding_workspace(tokens, vocabulary);
+  }
+  return cpu::embedding_workspace(tokens, vocabulary);
+}
+
+void check_backward(const Tensor& y_grad, const Tensor& tokens,
+                    const OptionalTensor& accumulate_into) {
+  check_tokens_dtype(tokens);
+  check_floating_type("y_grad", y_grad);
+  TORCH_CHECK(y_grad.dim() == tokens.dim() + 1, "embedding: y_grad: expected a rank of ",
+              tokens.dim() + 1, ", not ", y_grad.dim());
+  check_devices("embedding", y_grad,
+                {{"tokens", tokens}, {"accumulate_into", value(accumulate_into)}});
+  if (!accumulate_into) return;
+  const at::ScalarType type = accumulate_into->scalar_type(), wide = accumulation_type(y_grad);
+  TORCH_CHECK(type == y_grad.scalar_type() || type == wide, "embedding: accumulate_into: expected ",
+              y_grad.scalar_type(), " or ", wide, ", not ", type);
+}
+
+// Adds to `weight_grad`, or fills it.
+void sum_gradients(const Tensor& y_grad, const Tensor& tokens, const Tensor& weight_grad,
+                   std::optional<int64_t> padding_idx, bool accumulate) {
+  const Tensor flat = tokens.contiguous().view({-1}), y_grad_rows = y_grad.contiguous();
+  const int64_t count = flat.numel(), vocabulary = weight_grad.size(0), hidden = y_grad.size(-1);
+  const Tensor workspace =
+      at::empty({workspace_size(y_grad, count, vocabulary)}, tokens.options().dtype(at::kInt));
+  const EmbeddingBackward args{.y_grad = view_rows(y_grad_rows.view({count, hidden})),
+                               .tokens = view(flat),
+                               .weight_grad = view(weight_grad),
+                               .workspace = view(workspace),
+                               .padding_index = padding_row(padding_idx, vocabulary),
+                               .accumulate = accumulate};
+  if (run_on_cuda(y_grad, args)) return;
+  sort_tokens(args);
+  parallel_ranges(vocabulary, rows_per_task(hidden), [&](Range range) { run(args, range); });
+}
+
+Tensor backward(const Tensor& y_grad, const Tensor& tokens, c10::SymInt vocabulary,
+                std::optional<int64_t> padding_idx, OptionalTensor accumulate_into) {
+  check_backward(y_grad, tokens, accumulate_into);
+  if (!accumulate_into) {
+    Tensor weight_grad =
+        at::empty_symint({std::move(vocabulary), y_grad.sym_size(-1)}, y_grad.options());
+    if (!y_grad.is_meta()) sum_gradients(y_grad, tokens, weight_grad, padding_idx, false);
+    return weight_grad;
+  }
+  if (!y_grad.is_meta()) {
+    const int64_t rows = vocabulary.expect_int();
+    TORCH_CHECK(accumulate_into->dim() == 2 && accumulate_into->size(0) == rows &&
+                    accumulate_into->size(1) == y_grad.size(-1),
+                "embedding: accumulate_into: expected [", rows, ", ", y_grad.size(-1), "], not ",
+                accumulate_into->sizes());
+    sum_gradients(y_grad, tokens, *accumulate_into, padding_idx, true);
+  }
+  accumulate_into->unsafeGetTensorImpl()->bump_version();
+  return no_output(y_grad);
+}
+
+// --- derivative ---------------------------------------------------------------------------------
+
+// Through the dispatcher, so that tracing sees the inner op.
+Tensor call_forward(const Tensor& tokens, const Tensor& weight,
+                    std::optional<int64_t> padding_idx) {
+  const auto vocabulary = weight.dim() == 2 ? weight.sym_size(0).maybe_as_int() : std::nullopt;
+  if (vocabulary) padding_row(padding_idx, *vocabulary);
+  static const auto op = find_op<decltype(embedding_forward)>("redline::embedding_forward");
+  return op.call(tokens, weight);
+}
+
+struct EmbeddingFunction : public torch::autograd::Function<EmbeddingFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& weight, const Tensor& tokens,
+                        std::optional<int64_t> padding_idx) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({tokens});
+    ctx->saved_data["vocabulary"] = weight.sym_size(0);
+    ctx->saved_data["padding_idx"] = padding_idx;
+    return call_forward(tokens, weight, padding_idx);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Tensor weight_grad = embedding_backward(
+        grads[0], ctx->get_saved_variables()[0], ctx->saved_data["vocabulary"].toSymInt(),
+        ctx->saved_data["padding_idx"].toOptional<int64_t>());
+    return {weight_grad, Tensor(), Tensor()};
+  }
+};
+
+Tensor differentiable(const Tensor& tokens, const Tensor& weight,
+                      std::optional<int64_t> padding_idx) {
+  return EmbeddingFunction::apply(weight, tokens, padding_idx);
+}
+
+void implement_inner(torch::Library& m) {
+  m.impl("embedding_forward", embedding_forward);
+  m.impl("embedding_backward", backward);
+}
+
+}  // namespace
+
+Tensor embedding(const Tensor& tokens, const Tensor& weight, std::optional<int64_t> padding_idx) {
+  static const auto op = find_op<decltype(embedding)>("redline::embedding");
+  return op.call(tokens, weight, padding_idx);
+}
+
+Tensor embedding_backward(const Tensor& y_grad, const Tensor& tokens, c10::SymInt vocabulary,
+                          std::optional<int64_t> padding_idx,
+                          const OptionalTensor& accumulate_into) {
+  static const auto op = find_op<decltype(backward)>("redline::embedding_backward");
+  return op.call(y_grad, tokens, std::move(vocabulary), padding_idx, accumulate_into);
+}
+
+TORCH_LIBRARY_FRAGMENT(redline, m) {
+  m.def("embedding(Tensor tokens, Tensor weight, int? padding_idx=None) -> Tensor");
+  m.def("embedding_forward(Tensor tokens, Tensor weight) -> Tensor");
+  m.def(
+      "embedding_backward(Tensor y_grad, Tensor tokens, SymInt vocabulary, int? padding_idx=None, "
+      "*, Tensor(a!)? accumulate_into=None) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(redline, CPU, m) { implement_inner(m); }
+TORCH_LIBRARY_IMPL(redline, CUDA, m) { implement_inner(m); }
+TORCH_LIBRARY_IMPL(redline, Meta, m) { implement_inner(m); }
+TORCH_LIBRARY_IMPL(redline, CompositeExplicitAutograd, m) { m.impl("embedding", call_forward); }
+TORCH_LIBRARY_IMPL(redline, Autograd, m) {
+  m.impl("embedding", differentiable);
+  refuse_autograd(m, {"embedding_forward", "embedding_backward"});
+}
+TORCH_LIBRARY_IMPL(redline, AutocastCPU, m) { ignore_autocast(m, {"embedding"}); }
+TORCH_LIBRARY_IMPL(redline, AutocastCUDA, m) { ignore_autocast(m, {"embedding"}); }
+TORCH_LIBRARY_IMPL(redline, FuncTorchBatched, m) { refuse_vmap(m, {"embedding"}); }
+
+}  // namespace redline::ops

@@ -1,0 +1,20 @@
+// Embedding (formula: kernels/embedding.h). Kept for backward: the tokens. Refuses what does not
+// fit with redline::Error or c10::Error before any memory is touched.
+#pragma once
+
+#include "redline/ops/torch.h"
+
+namespace redline::ops {
+
+// [..., hidden] of weight's dtype; tokens: [...] int64 or int32; weight: [vocabulary, hidden]. The
+// row padding_idx, counted from the end when negative, gets no gradient.
+at::Tensor embedding(const at::Tensor& tokens, const at::Tensor& weight,
+                     std::optional<int64_t> padding_idx = {});
+
+// The gradient of weight, [vocabulary, hidden] of y_grad's dtype; or, with `accumulate_into` of
+// that shape, of y_grad's dtype or float32, adds it there and returns an empty tensor.
+at::Tensor embedding_backward(const at::Tensor& y_grad, const at::Tensor& tokens,
+                              c10::SymInt vocabulary, std::optional<int64_t> padding_idx = {},
+                              const std::optional<at::Tensor>& accumulate_into = {});
+
+}  // namespace redline::ops
