@@ -113,13 +113,9 @@ Tensor backward(const Tensor& y_grad, const Tensor& tokens, c10::SymInt vocabula
 
 // --- derivative ---------------------------------------------------------------------------------
 
-// Through the dispatcher, so that tracing sees the inner op.
-Tensor call_forward(const Tensor& tokens, const Tensor& weight,
-                    std::optional<int64_t> padding_idx) {
+void check_padding(const Tensor& weight, std::optional<int64_t> padding_idx) {
   const auto vocabulary = weight.dim() == 2 ? weight.sym_size(0).maybe_as_int() : std::nullopt;
   if (vocabulary) padding_row(padding_idx, *vocabulary);
-  static const auto op = find_op<decltype(embedding_forward)>("redline::embedding_forward");
-  return op.call(tokens, weight);
 }
 
 struct EmbeddingFunction : public torch::autograd::Function<EmbeddingFunction> {
@@ -129,7 +125,9 @@ struct EmbeddingFunction : public torch::autograd::Function<EmbeddingFunction> {
     ctx->save_for_backward({tokens});
     ctx->saved_data["vocabulary"] = weight.sym_size(0);
     ctx->saved_data["padding_idx"] = padding_idx;
-    return call_forward(tokens, weight, padding_idx);
+    // Through the dispatcher, so that tracing sees the inner op.
+    static const auto op = find_op<decltype(embedding_forward)>("redline::embedding_forward");
+    return op.call(tokens, weight);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -142,7 +140,14 @@ struct EmbeddingFunction : public torch::autograd::Function<EmbeddingFunction> {
 
 Tensor differentiable(const Tensor& tokens, const Tensor& weight,
                       std::optional<int64_t> padding_idx) {
+  check_padding(weight, padding_idx);
   return EmbeddingFunction::apply(weight, tokens, padding_idx);
+}
+
+Tensor without_derivative(const Tensor& tokens, const Tensor& weight,
+                          std::optional<int64_t> padding_idx) {
+  check_padding(weight, padding_idx);
+  return embedding_forward(tokens, weight);
 }
 
 void implement_inner(torch::Library& m) {
@@ -175,7 +180,9 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
 TORCH_LIBRARY_IMPL(redline, CPU, m) { implement_inner(m); }
 TORCH_LIBRARY_IMPL(redline, CUDA, m) { implement_inner(m); }
 TORCH_LIBRARY_IMPL(redline, Meta, m) { implement_inner(m); }
-TORCH_LIBRARY_IMPL(redline, CompositeExplicitAutograd, m) { m.impl("embedding", call_forward); }
+TORCH_LIBRARY_IMPL(redline, CompositeExplicitAutograd, m) {
+  m.impl("embedding", without_derivative);
+}
 TORCH_LIBRARY_IMPL(redline, Autograd, m) {
   m.impl("embedding", differentiable);
   refuse_autograd(m, {"embedding_forward", "embedding_backward"});

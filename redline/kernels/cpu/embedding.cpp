@@ -55,17 +55,26 @@ void sum_block(const EmbeddingBackward& args, int64_t row, Occurrences tokens, i
   finish_write(grad.data, grad.dtype, offset, count, out_block);
 }
 
+// memset of a row is a `rep stosb`, slow where it touches pages first: 32 MB of fresh pages by two
+// threads take 10.4 ms that way, 7.7 ms this way (stock zeros: 7.4 to 8.4).
+void write_zeros(char* to, int64_t bytes) {
+  const Float32s zeros{};
+  int64_t i = 0;
+  for (; i + vector_bytes <= bytes; i += vector_bytes) memcpy(to + i, &zeros, sizeof(zeros));
+  memset(to + i, 0, static_cast<size_t>(bytes - i));
+}
+
 template <typename Acc>
 void sum_rows(const EmbeddingBackward& args, Range rows) {
   const int64_t hidden = args.weight_grad.sizes[1];
-  const size_t bytes = static_cast<size_t>(hidden * element_bytes(args.weight_grad.dtype));
+  const int64_t bytes = hidden * element_bytes(args.weight_grad.dtype);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const Occurrences tokens = occurrences_of(args, row);
     if (tokens.begin != tokens.end && row != args.padding_index) {
       for_blocks(hidden,
                  [&](int64_t col, int count) { sum_block<Acc>(args, row, tokens, col, count); });
     } else if (!args.accumulate) {
-      memset(row_address(args.weight_grad, row), 0, bytes);
+      write_zeros(row_address(args.weight_grad, row), bytes);
     }
   }
 }
