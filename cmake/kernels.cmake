@@ -42,7 +42,12 @@ add_cpu_kernels(avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c
 if(REDLINE_WITH_CUDA)
   # One file per op, or a folder of that name where one file outgrew 400 lines.
   set(REDLINE_CUDA_SOURCES
-      cross_entropy norm/backward norm/forward softmax)
+      cross_entropy
+      embedding
+      norm/backward
+      norm/forward
+      rotary
+      softmax)
   list(TRANSFORM REDLINE_CUDA_SOURCES PREPEND redline/kernels/cuda/)
   list(TRANSFORM REDLINE_CUDA_SOURCES APPEND .cu)
   target_sources(redline_kernels PRIVATE ${REDLINE_CUDA_SOURCES})

@@ -53,7 +53,10 @@ Tensor embedding_forward(const Tensor& tokens, const Tensor& weight) {
 
 int64_t workspace_size(const Tensor& like, int64_t tokens, int64_t vocabulary) {
   if constexpr (with_cuda) {
-    if (like.is_cuda()) return cuda::embedding_workspace(tokens, vocabulary);
+    if (like.is_cuda()) {
+      const c10::OptionalDeviceGuard guard(like.device());
+      return cuda::embedding_workspace(tokens, vocabulary);
+    }
   }
   return cpu::embedding_workspace(tokens, vocabulary);
 }

@@ -213,7 +213,7 @@ Tensor differentiable(const Tensor& x, const Inputs& in) {
 }
 
 Tensor without_derivative(const Tensor& x, const Inputs& in) {
-  return call(x, in, /*backward=*/false);
+  return rotate(x, in, /*backward=*/false);
 }
 
 // The public ops over `apply`.

@@ -1,0 +1,304 @@
+// Forward copies rows. Backward (kernels/embedding.h): the tokens' positions are sorted by row of
+// the vocabulary, stably, on as many bits as the vocabulary has; then each row of the gradient is
+// summed in registers over its tokens in order and written once, rows without tokens as zeros.
+// Bound by bytes; of the floor: bench/results.
+#include <bit>
+#include <cub/device/device_radix_sort.cuh>
+
+#include "redline/core/dispatch.h"
+#include "redline/kernels/cuda/device/vector.cuh"
+#include "redline/kernels/cuda/launch.h"
+#include "redline/kernels/embedding.h"
+
+namespace redline {
+namespace cuda {
+namespace {
+
+struct Tokens {
+  const void* data;
+  bool is_int64;
+  int64_t count;
+  int64_t vocabulary;
+};
+
+Tokens tokens_of(const TensorView& tokens, int64_t vocabulary) {
+  return {tokens.data, tokens.dtype == DType::int64, tokens.sizes[0], vocabulary};
+}
+
+// -1 for a token outside the vocabulary.
+__device__ __forceinline__ int64_t read_token(const Tokens& tokens, int64_t i) {
+  const int64_t token = tokens.is_int64 ? static_cast<const int64_t*>(tokens.data)[i]
+                                        : static_cast<const int32_t*>(tokens.data)[i];
+  return token >= 0 && token < tokens.vocabulary ? token : -1;
+}
+
+template <typename T, int V>
+__device__ __forceinline__ Packed<T, V> load_at(const T* from) {
+  return *reinterpret_cast<const Packed<T, V>*>(from);
+}
+
+// --- forward ------------------------------------------------------------------------------------
+
+constexpr int forward_threads = 256;
+constexpr int forward_vectors = 4;  // in flight per thread
+
+struct Forward {
+  Tokens tokens;
+  const void* weight;
+  void* y;
+  int64_t weight_stride, y_stride, hidden;
+  int lanes;  // threads of a row
+};
+
+template <typename T, int V>
+__global__ void __launch_bounds__(forward_threads) forward_kernel(const Forward args) {
+  const int lane = threadIdx.x % args.lanes, rows = forward_threads / args.lanes;
+  const int64_t row = int64_t{blockIdx.x} * rows + threadIdx.x / args.lanes;
+  if (threadIdx.x >= rows * args.lanes || row >= args.tokens.count) return;
+  const int64_t token = read_token(args.tokens, row);
+  const T* from = static_cast<const T*>(args.weight) + token * args.weight_stride;
+  T* to = static_cast<T*>(args.y) + row * args.y_stride;
+  Packed<T, V> absent;
+#pragma unroll
+  for (int i = 0; i < V; ++i) absent.values[i] = from_float<T>(nanf(""));
+  const int step = args.lanes * V;
+  for (int64_t col = lane * V; col < args.hidden; col += int64_t{forward_vectors} * step) {
+    Packed<T, V> values[forward_vectors];
+#pragma unroll
+    for (int k = 0; k < forward_vectors; ++k) {
+      values[k] = absent;
+      if (token >= 0 && col + k * step < args.hidden)
+        values[k] = load_at<T, V>(from + col + k * step);
+    }
+#pragma unroll
+    for (int k = 0; k < forward_vectors; ++k) {
+      if (col + k * step < args.hidden) {
+        *reinterpret_cast<Packed<T, V>*>(to + col + k * step) = values[k];
+      }
+    }
+  }
+}
+
+template <typename T, int V>
+void launch_forward(Forward args, Stream stream) {
+  const int64_t vectors = ceil_div(args.hidden, V);
+  args.lanes =
+      static_cast<int>(std::clamp<int64_t>(ceil_div(vectors, forward_vectors), 1, forward_threads));
+  launch(forward_kernel<T, V>,
+         {.grid = dim3(ceil_div(args.tokens.count, forward_threads / args.lanes)),
+          .block = dim3(forward_threads),
+          .stream = stream},
+         args);
+}
+
+// --- sort ---------------------------------------------------------------------------------------
+
+// The parts of the workspace, each [tokens] but the last. `rows` are rows of the vocabulary,
+// `order` positions among the tokens; sorted_order is what the sum follows.
+struct Workspace {
+  uint32_t *rows, *sorted_rows, *order, *sorted_order;
+  void* sort_space;
+};
+
+constexpr int64_t part_size(int64_t tokens) { return ceil_div(tokens, 64) * 64; }  // 256 bytes
+
+Workspace workspace_of(const EmbeddingBackward& args) {
+  uint32_t* begin = args.workspace.as<uint32_t>();
+  const int64_t part = part_size(args.tokens.sizes[0]);
+  return {begin, begin + part, begin + 2 * part, begin + 3 * part, begin + 4 * part};
+}
+
+// Sorts where `space` is given; otherwise tells the bytes that it needs.
+size_t sort(const Workspace& at, void* space, size_t bytes, Tokens tokens, Stream stream) {
+  const int bits = std::bit_width(static_cast<uint64_t>(tokens.vocabulary));
+  check_status(cub::DeviceRadixSort::SortPairs(space, bytes, at.rows, at.sorted_rows, at.order,
+                                               at.sorted_order, static_cast<int>(tokens.count), 0,
+                                               bits, static_cast<cudaStream_t>(stream.handle)),
+               "embedding: sort");
+  return bytes;
+}
+
+constexpr int sort_threads = 256;
+
+// Tokens without a gradient go behind all rows.
+__global__ void __launch_bounds__(sort_threads)
+    rows_kernel(Tokens tokens, int64_t padding_index, uint32_t* rows, uint32_t* order) {
+  const int64_t i = int64_t{blockIdx.x} * sort_threads + threadIdx.x;
+  if (i >= tokens.count) return;
+  const int64_t token = read_token(tokens, i);
+  const bool counts = token >= 0 && token != padding_index;
+  rows[i] = static_cast<uint32_t>(counts ? token : tokens.vocabulary);
+  order[i] = static_cast<uint32_t>(i);
+}
+
+void sort_by_row(const EmbeddingBackward& args, Tokens tokens, Stream stream) {
+  if (tokens.count == 0) return;
+  const Workspace at = workspace_of(args);
+  launch(rows_kernel,
+         {.grid = dim3(ceil_div(tokens.count, sort_threads)),
+          .block = dim3(sort_threads),
+          .stream = stream},
+         tokens, args.padding_index, at.rows, at.order);
+  const int64_t used = 4 * part_size(tokens.count);
+  sort(at, at.sort_space, static_cast<size_t>(args.workspace.sizes[0] - used) * 4, tokens, stream);
+}
+
+// --- sum ----------------------------------------------------------------------------------------
+
+constexpr int sum_threads = 128;
+constexpr int rows_per_lane = 8;  // rows that a thread takes in turn: their searches run at once
+constexpr int sum_vectors = 8;    // tokens in flight per thread
+
+struct Backward {
+  const void* y_grad;
+  void* weight_grad;
+  const uint32_t *sorted_rows, *order;
+  int64_t y_grad_stride, weight_grad_stride, count, vocabulary, hidden;
+  int lanes;  // threads of a row
+  bool accumulate;
+};
+
+// The first place in the sorted rows that is not below `row`.
+__device__ __forceinline__ int64_t find_row(const Backward& args, int64_t row) {
+  int64_t begin = 0, end = args.count;
+  while (begin < end) {
+    const int64_t middle = begin + (end - begin) / 2;
+    if (args.sorted_rows[middle] < row) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  return begin;
+}
+
+// Adds V columns from `col` on of the tokens at order[begin, end), one after another.
+template <typename T, int V>
+__device__ __forceinline__ void sum_tokens(const Backward& args, int begin, int end, int64_t col,
+                                           float (&sums)[V]) {
+  const T* y_grad = static_cast<const T*>(args.y_grad) + col;
+  for (int i = begin; i < end; i += sum_vectors) {
+    Packed<T, V> values[sum_vectors];
+#pragma unroll
+    for (int k = 0; k < sum_vectors; ++k) {
+      values[k] = {};
+      if (i + k < end) {
+        values[k] = load_at<T, V>(y_grad + int64_t{args.order[i + k]} * args.y_grad_stride);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < sum_vectors; ++k) {
+      if (i + k >= end) break;
+#pragma unroll
+      for (int e = 0; e < V; ++e) sums[e] += to_float(values[k].values[e]);
+    }
+  }
+}
+
+template <typename T, typename Out, int V>
+__device__ __forceinline__ void sum_row(const Backward& args, int64_t row, int begin, int end,
+                                        int64_t col) {
+  if (args.accumulate && begin == end) return;
+  float sums[V] = {};
+  sum_tokens<T, V>(args, begin, end, col, sums);
+  Out* to = static_cast<Out*>(args.weight_grad) + row * args.weight_grad_stride + col;
+  if (args.accumulate) {
+    const Packed<Out, V> before = load_at<Out, V>(to);
+#pragma unroll
+    for (int e = 0; e < V; ++e) sums[e] += to_float(before.values[e]);
+  }
+  *reinterpret_cast<Packed<Out, V>*>(to) = pack<Out, V>(sums);
+}
+
+// A block takes rows_per_lane rows for each group of `lanes` threads, and a slice of the columns.
+template <typename T, typename Out, int V>
+__global__ void __launch_bounds__(sum_threads) sum_kernel(const Backward args) {
+  __shared__ int begins[sum_threads * rows_per_lane + 1];
+  const int groups = sum_threads / args.lanes, rows = groups * rows_per_lane;
+  const int64_t first_row = int64_t{blockIdx.x} * rows;
+  for (int i = threadIdx.x; i <= rows; i += sum_threads) {
+    begins[i] = static_cast<int>(find_row(args, min(first_row + i, args.vocabulary)));
+  }
+  __syncthreads();
+  const int group = threadIdx.x / args.lanes;
+  if (group >= groups) return;
+  const int64_t first_col = (int64_t{blockIdx.y} * args.lanes + threadIdx.x % args.lanes) * V;
+  for (int i = group; i < rows && first_row + i < args.vocabulary; i += groups) {
+    for (int64_t col = first_col; col < args.hidden; col += int64_t{gridDim.y} * args.lanes * V) {
+      sum_row<T, Out, V>(args, first_row + i, begins[i], begins[i + 1], col);
+    }
+  }
+}
+
+template <typename T, typename Out, int V>
+void launch_sum(Backward args, Stream stream) {
+  const int64_t vectors = ceil_div(args.hidden, V);
+  args.lanes = static_cast<int>(std::clamp<int64_t>(vectors, 1, sum_threads));
+  const int64_t rows = int64_t{sum_threads / args.lanes} * rows_per_lane;
+  launch(sum_kernel<T, Out, V>,
+         {.grid = dim3(ceil_div(args.vocabulary, rows),
+                       std::min<int64_t>(ceil_div(vectors, args.lanes), 65535)),
+          .block = dim3(sum_threads),
+          .stream = stream},
+         args);
+}
+
+}  // namespace
+
+int64_t embedding_workspace(int64_t tokens, int64_t vocabulary) {
+  if (tokens == 0) return 0;
+  const size_t bytes = sort({}, nullptr, 0, {nullptr, false, tokens, vocabulary}, {});
+  return 4 * part_size(tokens) + ceil_div(static_cast<int64_t>(bytes), 4);
+}
+
+}  // namespace cuda
+
+void run(const EmbeddingForward& embedding, Stream stream) {
+  using namespace cuda;
+  const TensorView &weight = embedding.weight, &y = embedding.y;
+  const Forward args = {.tokens = tokens_of(embedding.tokens, weight.sizes[0]),
+                        .weight = weight.data,
+                        .y = y.data,
+                        .weight_stride = weight.strides[0],
+                        .y_stride = y.strides[0],
+                        .hidden = y.sizes[1],
+                        .lanes = 1};
+  const bool aligned = is_aligned({&weight, &y});
+  visit_dtype<float, bfloat16, float16>("embedding: weight", y.dtype, [&]<typename T>() {
+    using Device = device_type<T>;
+    aligned ? launch_forward<Device, vector_size<Device>>(args, stream)
+            : launch_forward<Device, 1>(args, stream);
+  });
+}
+
+void run(const EmbeddingBackward& embedding, Stream stream) {
+  using namespace cuda;
+  const TensorView &y_grad = embedding.y_grad, &weight_grad = embedding.weight_grad;
+  const Tokens tokens = tokens_of(embedding.tokens, weight_grad.sizes[0]);
+  const Workspace at = workspace_of(embedding);
+  const Backward args = {.y_grad = y_grad.data,
+                         .weight_grad = weight_grad.data,
+                         .sorted_rows = at.sorted_rows,
+                         .order = at.sorted_order,
+                         .y_grad_stride = y_grad.strides[0],
+                         .weight_grad_stride = weight_grad.strides[0],
+                         .count = tokens.count,
+                         .vocabulary = tokens.vocabulary,
+                         .hidden = weight_grad.sizes[1],
+                         .lanes = 1,
+                         .accumulate = embedding.accumulate};
+  const bool aligned = is_aligned({&y_grad, &weight_grad});
+  const bool wide = weight_grad.dtype == DType::float32;
+  visit_dtype<float, bfloat16, float16>("embedding: y_grad", y_grad.dtype, [&]<typename T>() {
+    using Device = device_type<T>;
+    constexpr int vector = vector_size<Device>;
+    sort_by_row(embedding, tokens, stream);
+    visit_bool(wide, [&]<bool is_wide>() {
+      using Out = std::conditional_t<is_wide, float, Device>;
+      aligned ? launch_sum<Device, Out, vector>(args, stream)
+              : launch_sum<Device, Out, 1>(args, stream);
+    });
+  });
+}
+
+}  // namespace redline

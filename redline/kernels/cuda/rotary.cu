@@ -1,0 +1,272 @@
+// (a c - b s, b c + a s) (kernels/rotary.h). A thread owns two vectors of a head, the two sides of
+// its pairs or two neighbours, and turns them in several heads of one token: its part of the tables
+// is read once, the heads' loads are in flight together. Memory is read once and written once.
+// Bound by bytes; of the floor: bench/results.
+#include "redline/core/dispatch.h"
+#include "redline/kernels/cuda/device/vector.cuh"
+#include "redline/kernels/cuda/launch.h"
+#include "redline/kernels/rotary.h"
+
+namespace redline {
+namespace cuda {
+namespace {
+
+constexpr int threads = 256;
+constexpr int heads_per_thread = 4;  // 128 bytes in flight per thread
+
+// int64 or int32 values.
+struct Index {
+  const void* data;
+  bool is_int64;
+};
+
+// Where the heads of a token lie.
+struct Heads {
+  void* data;
+  int64_t outer_stride, inner_stride, head_stride;
+};
+
+// A block's threads are (token, head, chunk), chunks side by side. A chunk is two vectors.
+struct Split {
+  int chunks;  // of a head; those from pair_chunks on are copied
+  int pair_chunks;
+  int chunk_lanes;  // chunks of a block
+  int head_lanes;   // threads along the heads of a token
+  int token_lanes;  // tokens of a block
+};
+
+struct Args {
+  Heads x, y;
+  const float *cos, *sin;
+  int64_t cos_stride, sin_stride, table_rows;
+  Index positions, cu_seqlens;
+  int64_t positions_outer_stride, positions_inner_stride, boundaries;
+  int64_t tokens, columns;  // columns: the size of inner
+  int heads, head_dim, pairs, group_heads, rotated_heads;
+  bool outer_counts;  // the sequence is the outer axis
+  float direction;    // -1 in backward
+  Split split;
+};
+
+struct Token {
+  int64_t outer, inner;
+};
+
+struct Position {
+  int64_t row;   // of the tables, perhaps outside them
+  bool is_none;  // the token belongs to no sequence
+};
+
+__device__ __forceinline__ int64_t read_index(const Index& index, int64_t offset) {
+  return index.is_int64 ? static_cast<const int64_t*>(index.data)[offset]
+                        : static_cast<const int32_t*>(index.data)[offset];
+}
+
+// Counted from the last boundary at or before the token.
+__device__ __forceinline__ Position position_in_sequence(const Args& args, int64_t token) {
+  int64_t begin = 0, end = args.boundaries;  // the first boundary beyond the token is in here
+  while (begin < end) {
+    const int64_t middle = begin + (end - begin) / 2;
+    if (read_index(args.cu_seqlens, middle) <= token) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  if (begin == 0 || begin == args.boundaries) return {0, true};
+  return {token - read_index(args.cu_seqlens, begin - 1), false};
+}
+
+__device__ __forceinline__ Position position_of(const Args& args, Token token) {
+  if (args.positions.data != nullptr) {
+    const int64_t offset =
+        token.outer * args.positions_outer_stride + token.inner * args.positions_inner_stride;
+    return {read_index(args.positions, offset), false};
+  }
+  if (args.cu_seqlens.data != nullptr) return position_in_sequence(args, token.inner);
+  return {args.outer_counts ? token.outer : token.inner, false};
+}
+
+// cos and sin of V pairs.
+template <int V>
+struct Angles {
+  Packed<float, V> cos, sin;
+};
+
+// NaN where the tables have no such row.
+template <int V>
+__device__ __forceinline__ Angles<V> load_angles(const Args& args, int64_t row, int pair) {
+  Angles<V> angles;
+  if (row >= 0 && row < args.table_rows) {
+    const float *cos = args.cos + row * args.cos_stride, *sin = args.sin + row * args.sin_stride;
+    angles.cos = *reinterpret_cast<const Packed<float, V>*>(cos + pair);
+    angles.sin = *reinterpret_cast<const Packed<float, V>*>(sin + pair);
+#pragma unroll
+    for (int i = 0; i < V; ++i) angles.sin.values[i] *= args.direction;
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) angles.cos.values[i] = angles.sin.values[i] = nanf("");
+  }
+  return angles;
+}
+
+// The pairs are (a[i], b[i]); or neighbours of a, then of b. A single pair is (a, b) either way.
+template <typename T, int V, bool Interleaved>
+__device__ __forceinline__ void turn(Packed<T, V>& a, Packed<T, V>& b, const Angles<V>& angles) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    constexpr bool neighbours = Interleaved && V > 1;
+    Packed<T, V>& side = neighbours && 2 * i >= V ? b : a;
+    T& first = neighbours ? side.values[2 * i % V] : a.values[i];
+    T& second = neighbours ? side.values[(2 * i + 1) % V] : b.values[i];
+    const float p = to_float(first), q = to_float(second);
+    const float cos = angles.cos.values[i], sin = angles.sin.values[i];
+    first = from_float<T>(fmaf(p, cos, -(q * sin)));
+    second = from_float<T>(fmaf(q, cos, p * sin));
+  }
+}
+
+// Where the two vectors of a chunk lie in a head; `second` may be past the head's end in a copied
+// chunk.
+struct Chunk {
+  int first, second;
+};
+
+template <int V, bool Interleaved>
+__device__ __forceinline__ Chunk chunk_at(const Args& args, int chunk) {
+  if (!Interleaved && chunk < args.split.pair_chunks) return {chunk * V, args.pairs + chunk * V};
+  return {chunk * 2 * V, chunk * 2 * V + V};
+}
+
+template <typename T>
+__device__ __forceinline__ T* address(const Heads& heads, Token token) {
+  return static_cast<T*>(heads.data) + token.outer * heads.outer_stride +
+         token.inner * heads.inner_stride;
+}
+
+template <typename T, int V, bool Interleaved>
+__global__ void __launch_bounds__(threads) rotary_kernel(const Args args) {
+  using Vector = Packed<T, V>;
+  const Split& split = args.split;
+  const int chunk = blockIdx.y * split.chunk_lanes + threadIdx.x % split.chunk_lanes;
+  const int lane = threadIdx.x / split.chunk_lanes;
+  const int64_t index = int64_t{blockIdx.x} * split.token_lanes + lane / split.head_lanes;
+  if (index >= args.tokens || chunk >= split.chunks) return;
+  const Token token = {index / args.columns, index % args.columns};
+  const Chunk at = chunk_at<V, Interleaved>(args, chunk);
+  const bool has_second = at.second < args.head_dim;
+  const T* x = address<const T>(args.x, token);
+  T* y = address<T>(args.y, token);
+
+  Angles<V> angles = {};
+  bool turns = chunk < split.pair_chunks;
+  const int first_head = lane % split.head_lanes, step = split.head_lanes;
+  for (int head = first_head; head < args.heads; head += heads_per_thread * step) {
+    Vector a[heads_per_thread] = {}, b[heads_per_thread] = {};
+#pragma unroll
+    for (int k = 0; k < heads_per_thread; ++k) {
+      const T* from = x + (head + k * step) * args.x.head_stride;
+      if (head + k * step < args.heads) {
+        a[k] = *reinterpret_cast<const Vector*>(from + at.first);
+        if (has_second) b[k] = *reinterpret_cast<const Vector*>(from + at.second);
+      }
+    }
+    // The tables come after the heads' loads are on their way: a position is a load of its own.
+    if (head == first_head && turns) {
+      const Position position = position_of(args, token);
+      turns = !position.is_none;
+      if (turns) angles = load_angles<V>(args, position.row, chunk * V);
+    }
+#pragma unroll
+    for (int k = 0; k < heads_per_thread; ++k) {
+      if (head + k * step >= args.heads) break;
+      if (turns && (head + k * step) % args.group_heads < args.rotated_heads) {
+        turn<T, V, Interleaved>(a[k], b[k], angles);
+      }
+      T* to = y + (head + k * step) * args.y.head_stride;
+      *reinterpret_cast<Vector*>(to + at.first) = a[k];
+      if (has_second) *reinterpret_cast<Vector*>(to + at.second) = b[k];
+    }
+  }
+}
+
+Index index_of(const TensorView& view) { return {view.data, view.dtype == DType::int64}; }
+
+Heads heads_of(const TensorView& x) { return {x.data, x.strides[0], x.strides[1], x.strides[2]}; }
+
+// Chunks of a head first, then heads, then tokens, until the block is full.
+Split split_of(const Args& args, int vector) {
+  const int pair_chunks = args.pairs / vector;
+  const int rest = args.head_dim - 2 * args.pairs;
+  const int chunks = pair_chunks + static_cast<int>(ceil_div(rest, 2 * vector));
+  const int chunk_lanes = std::clamp(chunks, 1, threads);
+  const int head_lanes = std::clamp(static_cast<int>(ceil_div(args.heads, heads_per_thread)), 1,
+                                    threads / chunk_lanes);
+  return {.chunks = chunks,
+          .pair_chunks = pair_chunks,
+          .chunk_lanes = chunk_lanes,
+          .head_lanes = head_lanes,
+          .token_lanes = threads / (chunk_lanes * head_lanes)};
+}
+
+template <typename T, int V, bool Interleaved>
+void launch_rotary(Args args, Stream stream) {
+  args.split = split_of(args, V);
+  const Split& split = args.split;
+  launch(rotary_kernel<T, V, Interleaved>,
+         {.grid = dim3(ceil_div(args.tokens, split.token_lanes),
+                       ceil_div(split.chunks, split.chunk_lanes)),
+          .block = dim3(split.chunk_lanes * split.head_lanes * split.token_lanes),
+          .stream = stream},
+         args);
+}
+
+Args args_of(const Rotary& rotary) {
+  const TensorView& x = rotary.x;
+  REDLINE_CHECK(x.sizes[2] < INT32_MAX / 2 && x.sizes[3] < INT32_MAX / 2,
+                "rotary: x: expected fewer than 2^30 heads and elements of a head, not ", x);
+  return {.x = heads_of(x),
+          .y = heads_of(rotary.y),
+          .cos = rotary.cos.as<const float>(),
+          .sin = rotary.sin.as<const float>(),
+          .cos_stride = rotary.cos.strides[0],
+          .sin_stride = rotary.sin.strides[0],
+          .table_rows = rotary.cos.sizes[0],
+          .positions = index_of(rotary.positions),
+          .cu_seqlens = index_of(rotary.cu_seqlens),
+          .positions_outer_stride = rotary.positions.strides[0],
+          .positions_inner_stride = rotary.positions.strides[1],
+          .boundaries = rotary.cu_seqlens.sizes[0],
+          .tokens = x.sizes[0] * x.sizes[1],
+          .columns = x.sizes[1],
+          .heads = static_cast<int>(x.sizes[2]),
+          .head_dim = static_cast<int>(x.sizes[3]),
+          .pairs = static_cast<int>(rotary.cos.sizes[1]),
+          .group_heads = static_cast<int>(rotary.group_heads),
+          .rotated_heads = static_cast<int>(rotary.rotated_heads),
+          .outer_counts = rotary.sequence_axis == 0,
+          .direction = rotary.backward ? -1.0f : 1.0f,
+          .split = {}};
+}
+
+}  // namespace
+}  // namespace cuda
+
+void run(const Rotary& rotary, Stream stream) {
+  using namespace cuda;
+  if (rotary.x.numel() == 0) return;
+  const Args args = args_of(rotary);
+  const bool aligned = is_aligned({&rotary.x, &rotary.y, &rotary.cos, &rotary.sin});
+  visit_dtype<float, bfloat16, float16>("rotary: x", rotary.x.dtype, [&]<typename T>() {
+    constexpr int vector = vector_size<device_type<T>>;
+    visit_bool(rotary.interleaved, [&]<bool interleaved>() {
+      if (aligned && args.pairs % vector == 0) {
+        launch_rotary<device_type<T>, vector, interleaved>(args, stream);
+      } else {
+        launch_rotary<device_type<T>, 1, interleaved>(args, stream);
+      }
+    });
+  });
+}
+
+}  // namespace redline
