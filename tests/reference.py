@@ -13,6 +13,8 @@ def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, logit_softca
     picked = x.gather(-1, targets[..., None])[..., 0]
     smooth = label_smoothing * x.mean(-1) if label_smoothing else 0.0
     return lse - (1 - label_smoothing) * picked - smooth + z_loss * lse.square()
+
+
 def embedding(tokens, weight, padding_idx=None):
     y = weight[tokens]
     keep = torch.ones_like(tokens) if padding_idx is None else tokens != padding_idx
@@ -41,6 +43,8 @@ def softmax(scores, excluded, scale=1.0, sink=None):
     if sink is not None:
         total = total + torch.exp(sink[:, None, None] - top)
     return torch.where(total == 0, 0.0, weights / torch.where(total == 0, 1.0, total))
+
+
 def rotary(x, cos, sin, positions, interleaved=False):
     """x: [tokens, heads, head_dim]; positions: [tokens]."""
     angle_cos, angle_sin = cos[positions][:, None], sin[positions][:, None]

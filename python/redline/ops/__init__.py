@@ -5,22 +5,19 @@ Each works on CPU and CUDA tensors, is differentiable, traces under ``torch.comp
 """
 
 from redline.ops.cross_entropy import cross_entropy
+from redline.ops.embedding import embedding
 from redline.ops.norm import layer_norm, residual_layer_norm, residual_rms_norm, rms_norm
+from redline.ops.rotary import qkv_rotary, rotary
 from redline.ops.softmax import softmax
 
 __all__ = [
     "cross_entropy",
-from redline.ops.embedding import embedding
-from redline.ops.norm import layer_norm, residual_layer_norm, residual_rms_norm, rms_norm
-from redline.ops.rotary import qkv_rotary, rotary
-
-__all__ = [
     "embedding",
     "layer_norm",
     "qkv_rotary",
     "residual_layer_norm",
     "residual_rms_norm",
     "rms_norm",
-    "softmax",
     "rotary",
+    "softmax",
 ]
