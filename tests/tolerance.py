@@ -22,7 +22,7 @@ def relative_error(out, reference):
     return ((out - reference).norm() / reference.norm().clamp_min(1e-300)).item()
 
 
-def assert_close(out, reference, *, dtype=None, roundings=1, sums=0, stock=None, what="output"):
+def assert_close(out, reference, dtype=None, *, roundings=1, sums=0, stock=None, what="output"):
     """Holds `out` to `reference` (float64) within counted roundings of `dtype`.
 
     roundings: how often the path rounds to `dtype`. sums: float32 (float64 for float64) roundings
