@@ -13,6 +13,9 @@ target_precompile_headers(redline_ops PRIVATE redline/ops/torch.h)
 # the libgomp that torch has already loaded.
 target_compile_options(redline_ops PRIVATE -g0 -fopenmp)
 target_link_options(redline_ops PRIVATE -fopenmp)
-set_target_properties(redline_ops PROPERTIES LIBRARY_OUTPUT_DIRECTORY
-                                             ${PROJECT_SOURCE_DIR}/python/redline/lib)
-install(TARGETS redline_ops LIBRARY DESTINATION redline/lib)
+# A wheel is built beside the tree's own library, perhaps for another torch: it gets its own copy.
+if(NOT SKBUILD)
+  set_target_properties(redline_ops PROPERTIES LIBRARY_OUTPUT_DIRECTORY
+                                               ${PROJECT_SOURCE_DIR}/python/redline/lib)
+endif()
+install(TARGETS redline_ops LIBRARY DESTINATION redline/lib COMPONENT python)

@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -96,6 +97,7 @@ class NinjaProgress:
 
     def __init__(self):
         self.phase: Phase | None = None
+        self.began = time.monotonic()
         self.done = 0
 
     def read(self, line: str) -> None:
@@ -110,8 +112,10 @@ class NinjaProgress:
             print(line, flush=True)
 
     def tick(self) -> None:
-        self.phase = self.phase or Phase("compiling")
-        self.phase.update()
+        if self.phase is None and time.monotonic() - self.began > 1:  # there is work to do
+            self.phase = Phase("compiling")
+        if self.phase:
+            self.phase.update()
 
 
 def compile_library(folder: Path, targets: list[str], jobs: int | None) -> None:
