@@ -22,6 +22,18 @@ void check_floating_type(const char* name, const Tensor& tensor) {
               ": expected a floating dtype, not ", tensor.scalar_type());
 }
 
+// [tokens] of a contiguous tensor of any rank, without the dispatch that view() costs.
+TensorView view_flat(const Tensor& tokens) {
+  TensorView result;
+  result.data = tokens.data_ptr();
+  result.dtype = dtype_from(tokens.scalar_type());
+  result.rank = 1;
+  result.present = true;
+  result.sizes[0] = tokens.numel();
+  result.strides[0] = 1;
+  return result;
+}
+
 // The row that padding_idx names; -1 for none.
 int64_t padding_row(std::optional<int64_t> padding_idx, int64_t vocabulary) {
   if (!padding_idx) return -1;
@@ -40,14 +52,13 @@ Tensor embedding_forward(const Tensor& tokens, const Tensor& weight) {
   sizes.push_back(weight.sym_size(1));
   Tensor y = at::empty_symint(sizes, weight.options());
   if (weight.is_meta()) return y;
-  const Tensor flat = tokens.contiguous().view({-1}), weight_rows = with_rows(weight);
-  const int64_t count = flat.numel(), hidden = weight.size(1);
-  const EmbeddingForward args{.tokens = view(flat),
-                              .weight = view_rows(weight_rows),
-                              .y = view_rows(y.view({count, hidden}))};
+  const Tensor flat = tokens.contiguous(), weight_rows = with_rows(weight);
+  const EmbeddingForward args{
+      .tokens = view_flat(flat), .weight = view_rows(weight_rows), .y = view_rows(y)};
   if (run_on_cuda(weight, args)) return y;
   check_tokens(args.tokens, weight.size(0));
-  parallel_ranges(count, rows_per_task(hidden), [&](Range range) { run(args, range); });
+  parallel_ranges(flat.numel(), rows_per_task(weight.size(1)),
+                  [&](Range range) { run(args, range); });
   return y;
 }
 
@@ -78,12 +89,12 @@ void check_backward(const Tensor& y_grad, const Tensor& tokens,
 // Adds to `weight_grad`, or fills it.
 void sum_gradients(const Tensor& y_grad, const Tensor& tokens, const Tensor& weight_grad,
                    std::optional<int64_t> padding_idx, bool accumulate) {
-  const Tensor flat = tokens.contiguous().view({-1}), y_grad_rows = y_grad.contiguous();
+  const Tensor flat = tokens.contiguous(), y_grad_rows = with_rows(y_grad);
   const int64_t count = flat.numel(), vocabulary = weight_grad.size(0), hidden = y_grad.size(-1);
   const Tensor workspace =
       at::empty({workspace_size(y_grad, count, vocabulary)}, tokens.options().dtype(at::kInt));
-  const EmbeddingBackward args{.y_grad = view_rows(y_grad_rows.view({count, hidden})),
-                               .tokens = view(flat),
+  const EmbeddingBackward args{.y_grad = view_rows(y_grad_rows),
+                               .tokens = view_flat(flat),
                                .weight_grad = view(weight_grad),
                                .workspace = view(workspace),
                                .padding_index = padding_row(padding_idx, vocabulary),
