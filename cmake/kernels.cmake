@@ -6,8 +6,10 @@ target_compile_options(
 
 # One file per op, alphabetical: redline/kernels/<op>.cpp and redline/kernels/cpu/<op>.cpp.
 set(REDLINE_OPS
+    adamw
     cross_entropy
     embedding
+    gradient_norm
     norm
     rotary
     softmax)
@@ -42,8 +44,10 @@ add_cpu_kernels(avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c
 if(REDLINE_WITH_CUDA)
   # One file per op, or a folder of that name where one file outgrew 400 lines.
   set(REDLINE_CUDA_SOURCES
+      adamw
       cross_entropy
       embedding
+      gradient_norm
       norm/backward
       norm/forward
       rotary

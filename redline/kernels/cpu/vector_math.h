@@ -77,5 +77,20 @@ REDLINE_INLINE Float64s tanh(Float64s x) {
   return each_lane(x, [](double v) { return ::tanh(v); });
 }
 
+// Correctly rounded.
+REDLINE_INLINE Float32s sqrt(Float32s x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Float32s>(_mm512_sqrt_ps(reinterpret_cast<__m512>(x)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Float32s>(_mm256_sqrt_ps(reinterpret_cast<__m256>(x)));
+#else
+  for (int i = 0; i < lanes<float>; ++i) x[i] = ::sqrtf(x[i]);
+  return x;
+#endif
+}
+REDLINE_INLINE Float64s sqrt(Float64s x) {
+  return each_lane(x, [](double v) { return ::sqrt(v); });
+}
+
 }  // namespace
 }  // namespace redline::cpu::REDLINE_ISA

@@ -1,0 +1,22 @@
+// The row of the table that each instruction set's copy of adamw.cpp fills.
+#pragma once
+
+#include "redline/kernels/adamw.h"
+
+namespace redline::cpu {
+
+struct AdamWKernels {
+  void (*update)(const AdamWStep&, const AdamWTensor&, Range elements);
+};
+
+namespace baseline {
+extern const AdamWKernels adamw_kernels;
+}
+namespace avx2 {
+extern const AdamWKernels adamw_kernels;
+}
+namespace avx512 {
+extern const AdamWKernels adamw_kernels;
+}
+
+}  // namespace redline::cpu

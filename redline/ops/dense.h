@@ -1,0 +1,63 @@
+// Lists of tensors that elementwise kernels walk as flat memory.
+#pragma once
+
+#include <vector>
+
+#include "redline/ops/torch.h"
+
+namespace redline::ops {
+
+// Addresses of tensors whose elements lie side by side in the order of `like`. A tensor that does
+// not is worked on as a copy; write_back() returns those that were written.
+class DenseTensors {
+ public:
+  const void* read(const at::Tensor& tensor, const at::Tensor& like) {
+    return fits(tensor, like) ? tensor.const_data_ptr() : copy_of(tensor, like).const_data_ptr();
+  }
+
+  void* write(const at::Tensor& tensor, const at::Tensor& like) {
+    if (fits(tensor, like)) return tensor.data_ptr();
+    const at::Tensor copy = copy_of(tensor, like);
+    written_.emplace_back(tensor, copy);
+    return copy.data_ptr();
+  }
+
+  void write_back() const {
+    for (const auto& [tensor, copy] : written_) tensor.copy_(copy);
+  }
+
+ private:
+  static bool fits(const at::Tensor& tensor, const at::Tensor& like) {
+    if (tensor.is_contiguous() && like.is_contiguous()) return true;
+    return tensor.is_non_overlapping_and_dense() && tensor.strides() == like.strides();
+  }
+
+  // empty_like keeps a dense layout and makes any other contiguous: the same for one `like`.
+  at::Tensor copy_of(const at::Tensor& tensor, const at::Tensor& like) {
+    at::Tensor copy = at::empty_like(like, tensor.options());
+    copy.copy_(tensor);
+    copies_.push_back(copy);
+    return copy;
+  }
+
+  std::vector<at::Tensor> copies_;
+  std::vector<std::pair<at::Tensor, at::Tensor>> written_;
+};
+
+// What autograd asks of an op that writes its arguments.
+inline void bump_versions(at::TensorList tensors) {
+  for (const at::Tensor& tensor : tensors) {
+    if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+// Writing a tensor that requires a gradient is refused where autograd would have to record it.
+inline void check_no_grad(const char* op, const char* name, at::TensorList tensors) {
+  if (!at::GradMode::is_enabled()) return;
+  for (const at::Tensor& tensor : tensors) {
+    TORCH_CHECK(!tensor.requires_grad(), op, ": ", name,
+                ": expected no-grad mode around tensors that require a gradient");
+  }
+}
+
+}  // namespace redline::ops
