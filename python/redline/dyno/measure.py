@@ -1,0 +1,181 @@
+"""How time, memory, saved bytes and error are measured: once, and for every variant alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+MIN_ROUNDS, MAX_ROUNDS = 5, 200
+SPIN_CYCLES = 2_000_000  # about 1 ms: the host queues the calls while the GPU spins
+
+
+class DynoError(Exception):
+    """What the user is told, in one line."""
+
+
+def interleave(
+    variants: dict[str, Callable[[], object]], device: torch.device, seconds: float
+) -> dict[str, list[float]]:
+    """Times the variants in turn, the first one another each round; microseconds per call.
+
+    What disturbs the machine thus falls on all of them alike. A call's result is freed before the
+    next clock starts.
+    """
+    clock = _cuda_us if device.type == "cuda" else _cpu_us
+    for call in variants.values():
+        for _ in range(2):
+            call()
+    names = list(variants)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    start = time.perf_counter()
+    for round_ in range(MAX_ROUNDS):
+        shift = round_ % len(names)
+        for name in names[shift:] + names[:shift]:
+            times[name].append(clock(variants[name]))
+        if round_ + 1 >= MIN_ROUNDS and time.perf_counter() - start > seconds:
+            break
+    return times
+
+
+def _cpu_us(call: Callable[[], object]) -> float:
+    start = time.perf_counter_ns()
+    result = call()
+    elapsed = time.perf_counter_ns() - start
+    del result
+    return elapsed / 1e3
+
+
+def _cuda_us(call: Callable[[], object], repeats: int = 5) -> float:
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(SPIN_CYCLES)
+    before.record()
+    for _ in range(repeats):
+        call()
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after) * 1e3 / repeats
+
+
+def spread(times: list[float]) -> float:
+    """Half the distance between the quartiles, over the median."""
+    if len(times) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(times, n=4)
+    return (high - low) / 2 / middle
+
+
+def saved_bytes(call: Callable[[], object], excluded: Iterable[Tensor]) -> int:
+    """Bytes of the storages that autograd keeps between forward and backward.
+
+    Python and C++ nodes alike save through these hooks. `excluded` are the tensors that live anyway: the
+    parameters. An input counts: it would be free by then if the part did not keep it.
+    """
+    ignored = {t.untyped_storage().data_ptr() for t in excluded}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ignored:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()
+    del result
+    return sum(kept.values())
+
+
+def relative_error(values: Iterable[Tensor], truths: Iterable[Tensor]) -> float:
+    """The worst relative L2 distance from the float64 truth."""
+    worst = 0.0
+    for value, truth in zip(values, truths, strict=True):
+        scale = truth.norm().item()
+        distance = (value.double() - truth).norm().item()
+        worst = max(worst, distance / scale if scale else distance)
+    return worst
+
+
+GEMM = (
+    "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear",
+    "mkldnn::_linear_pointwise", "redline::gemm",
+)  # fmt: skip
+ATTENTION = ("_attention", "redline::attention")
+
+
+@dataclass
+class Profiled:
+    """One profiled run: the allocator's peak above where it began, and the share of each kind."""
+
+    peak_bytes: int
+    shares: dict[str, float]
+
+
+def profiled(run: Callable[[], object], device: torch.device) -> Profiled:
+    """Runs once; everything that `run` allocates, the model included, counts for the peak.
+
+    On the CPU the peak is the highest running sum of the allocator's own events; on CUDA the caching
+    allocator's counter. Memory that MKL and oneDNN take for themselves is in neither.
+    """
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    with profile(activities=activities, profile_memory=not cuda, acc_events=True) as profiler:
+        result = run()
+    del result
+    if cuda:
+        peak = torch.cuda.max_memory_allocated(device) - before
+    else:
+        peak = _highest_sum(profiler)
+    return Profiled(peak, _shares(profiler, cuda))
+
+
+def _highest_sum(profiler: profile) -> int:
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    current = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak
+
+
+def _shares(profiler: profile, cuda: bool) -> dict[str, float]:
+    totals = {"gemm": 0.0, "attention": 0.0, "rest": 0.0}
+    for event in profiler.key_averages():
+        spent = event.self_device_time_total if cuda else event.self_cpu_time_total
+        totals[_kind(event.key)] += spent
+    whole = sum(totals.values()) or 1.0
+    return {kind: spent / whole for kind, spent in totals.items()}
+
+
+def _kind(name: str) -> str:
+    if name in GEMM or name.startswith("redline::gemm"):
+        return "gemm"
+    return "attention" if any(word in name for word in ATTENTION) else "rest"
+
+
+@contextmanager
+def quiet_profiler():
+    """Keeps the profiler's own notices off the screen."""
+    import logging
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch\.profiler.*")
+        logger = logging.getLogger("torch")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
