@@ -166,7 +166,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
         {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(a, b)},
         device,
         seconds=1.5,
-    )
+    ).times
     return Ceilings(
         copy_bytes_per_second=2 * source.nbytes / (min(times["copy"]) * 1e-6),
         matmul_flops_per_second=2 * side**3 / (min(times["matmul"]) * 1e-6),

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-MIN_ROUNDS, MAX_ROUNDS = 5, 200
+from .quiet import Watch
+
+MIN_ROUNDS, MAX_ROUNDS = 5, 2000
+PATIENCE = 3  # times the planned seconds, while the machine is not quiet
 SPIN_CYCLES = 2_000_000  # about 1 ms: the host queues the calls while the GPU spins
 
 
@@ -20,28 +23,47 @@ class DynoError(Exception):
     """What the user is told, in one line."""
 
 
+@dataclass
+class Timing:
+    """Microseconds per call of each variant; `disturbed` where the machine was never quiet."""
+
+    times: dict[str, list[float]]
+    disturbed: bool = False
+
+
 def interleave(
     variants: dict[str, Callable[[], object]], device: torch.device, seconds: float
-) -> dict[str, list[float]]:
-    """Times the variants in turn, the first one another each round; microseconds per call.
+) -> Timing:
+    """Times the variants in turn, another one first each round.
 
-    What disturbs the machine thus falls on all of them alike. A call's result is freed before the
-    next clock starts.
+    What slows the whole machine thus falls on all of them alike. Rounds during which other programs
+    took the processor are left out. A call's result is freed before the next clock starts.
     """
-    clock = _cuda_us if device.type == "cuda" else _cpu_us
     for call in variants.values():
         for _ in range(2):
             call()
-    names = list(variants)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    start = time.perf_counter()
-    for round_ in range(MAX_ROUNDS):
-        shift = round_ % len(names)
-        for name in names[shift:] + names[:shift]:
-            times[name].append(clock(variants[name]))
-        if round_ + 1 >= MIN_ROUNDS and time.perf_counter() - start > seconds:
+    kept, dropped, slice_ = [], [], []
+    watch, start = Watch(), time.perf_counter()
+    for turn in range(MAX_ROUNDS):
+        slice_.append(_round(variants, device, turn))
+        if watch.ripe or turn + 1 == MAX_ROUNDS:
+            quiet = device.type == "cuda" or watch.was_quiet()
+            (kept if quiet else dropped).extend(slice_)
+            slice_ = []
+        elapsed = time.perf_counter() - start
+        enough = len(kept) >= MIN_ROUNDS and elapsed > seconds
+        if enough or (elapsed > PATIENCE * seconds and len(kept) + len(dropped) >= MIN_ROUNDS):
             break
-    return times
+    disturbed = len(kept) < MIN_ROUNDS
+    rounds = kept + dropped if disturbed else kept
+    return Timing({name: [r[name] for r in rounds] for name in variants}, disturbed)
+
+
+def _round(variants: dict[str, Callable], device: torch.device, turn: int) -> dict[str, float]:
+    clock = _cuda_us if device.type == "cuda" else _cpu_us
+    names = list(variants)
+    shift = turn % len(names)
+    return {name: clock(variants[name]) for name in names[shift:] + names[:shift]}
 
 
 def _cpu_us(call: Callable[[], object]) -> float:

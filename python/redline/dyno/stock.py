@@ -46,6 +46,11 @@ def rotary_tables(positions: int, dim: int, device=None) -> tuple[Tensor, Tensor
     return angles.cos().float(), angles.sin().float()
 
 
+def full_precision(x: Tensor) -> Tensor:
+    """Half precision raised to float32, as every careful training script does before its loss."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates x [batch, sequence, heads, head_dim], first half against second half."""
     first, second = x.chunk(2, dim=-1)
@@ -123,7 +128,7 @@ class GPT(nn.Module):
         for layer in self.layers:
             x = layer(x)
         logits = self.head(self.final_norm(x))
-        return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
+        return F.cross_entropy(full_precision(logits.flatten(0, -2)), targets.flatten())
 
 
 def grouped_qkv(weight: Tensor, shape: Shape) -> Tensor:
