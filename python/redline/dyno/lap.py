@@ -1,0 +1,230 @@
+"""The lap: one GPT trained twice on the same batches, with stock parts and with tuned parts."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from . import stock
+from .layer_parts import make_adamw
+from .measure import DynoError, Profiled, profiled, quiet_profiler
+from .part import Unavailable, tuned_name
+from .quiet import Watch
+from .stock import Shape
+from .text import Batches
+
+# The largest loss difference that rounding explains, as docs/numerics.md states it.
+BOUNDS = {torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+MAX_NORM = 1.0
+VARIANTS = ("stock", "tuned")
+
+
+@dataclass(frozen=True)
+class Setup:
+    shape: Shape
+    device: torch.device
+    dtype: torch.dtype
+    steps: int
+    seed: int = 0
+
+    @property
+    def warm_up(self) -> int:
+        return min(3, self.steps // 2)
+
+
+@dataclass
+class Side:
+    """One of the two models as it ran."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    profile: Profiled | None = None
+
+
+@dataclass
+class Lap:
+    setup: Setup
+    sides: dict[str, Side]
+    quiet: list[bool]
+    bound: float
+
+    @property
+    def max_loss_difference(self) -> float:
+        pairs = zip(*(self.sides[v].losses for v in VARIANTS), strict=True)
+        return max((abs(a - b) for a, b in pairs), default=0.0)
+
+    @property
+    def right(self) -> bool:
+        return self.max_loss_difference <= self.bound
+
+    def _counted(self) -> list[int]:
+        timed = range(self.setup.warm_up, self.setup.steps)
+        calm = [step for step in timed if self.quiet[step]]
+        return list(timed) if self.disturbed else calm
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether fewer than half of the timed steps were quiet: the speeds are then no claim."""
+        timed = self.quiet[self.setup.warm_up :]
+        return 2 * sum(timed) < len(timed)
+
+    def tokens_per_second(self, variant: str) -> float:
+        seconds = [self.sides[variant].seconds[step] for step in self._counted()]
+        return self.setup.shape.tokens / statistics.median(seconds)
+
+    @property
+    def speedup(self) -> float:
+        return self.tokens_per_second("tuned") / self.tokens_per_second("stock")
+
+    @property
+    def peak_ratio(self) -> float:
+        peaks = [self.sides[v].profile.peak_bytes for v in ("tuned", "stock")]
+        return peaks[0] / peaks[1] if peaks[1] else math.nan
+
+    def as_dict(self) -> dict:
+        described = {
+            v: {
+                "losses": self.sides[v].losses,
+                "tokens_per_second": self.tokens_per_second(v),
+                "peak_bytes": self.sides[v].profile.peak_bytes,
+            }
+            for v in VARIANTS
+        }
+        return described | {
+            "max_loss_difference": self.max_loss_difference,
+            "bound": self.bound,
+        }
+
+
+class Trainer:
+    """A model with its optimiser; `step` is the same for both variants but for whose parts run."""
+
+    def __init__(self, variant: str, setup: Setup):
+        self.variant, self.setup = variant, setup
+        self.model = make_model(variant, setup)
+        parameters = list(self.model.parameters())
+        self.optimizer = make_adamw(variant, parameters)
+        self.clip = torch.nn.utils.clip_grad_norm_
+        if variant == "tuned":
+            self.clip = tuned_name("optim", "clip_grad_norm")
+
+    def step(self, tokens: Tensor, targets: Tensor) -> float:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.model(tokens, targets)
+        loss.backward()
+        self.clip(self.model.parameters(), MAX_NORM)
+        self.optimizer.step()
+        return loss.item()
+
+
+def make_model(variant: str, setup: Setup) -> nn.Module:
+    """The seed's weights, in stock parts or in tuned ones."""
+    torch.manual_seed(setup.seed)
+    model = stock.GPT(setup.shape)
+    if variant == "tuned":
+        state = stock.tuned_state(model.state_dict(), setup.shape)
+        model = _tuned_gpt(setup.shape)
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        if unexpected or set(missing) - set(dict(model.named_buffers())):
+            raise DynoError(f"redline.layers.GPT: parameters differ: {missing + unexpected}")
+    return model.to(setup.device, setup.dtype)
+
+
+def _tuned_gpt(shape: Shape) -> nn.Module:
+    gpt = tuned_name("layers", "GPT")
+    return gpt(
+        shape.vocabulary,
+        shape.hidden,
+        shape.ffn,
+        shape.layers,
+        shape.heads,
+        shape.kv_heads,
+        eps=shape.epsilon,
+        max_positions=shape.sequence,
+    )
+
+
+def run_lap(
+    setup: Setup, batches: Batches, on_step: Callable[[int], None], make: Callable = Trainer
+) -> Lap:
+    """Both models step in turn on the same batch, the first one another each step."""
+    try:
+        trainers = {variant: make(variant, setup) for variant in VARIANTS}
+    except Unavailable as missing:
+        raise DynoError(f"the lap cannot run: {missing}") from None
+    sides = {variant: Side() for variant in VARIANTS}
+    quiet, watch = [], Watch()
+    for step in range(setup.steps):
+        batch = [t.to(setup.device) for t in batches[step]]
+        watch.restart()
+        for variant in VARIANTS if step % 2 else VARIANTS[::-1]:
+            _timed_step(trainers[variant], batch, sides[variant], step)
+        quiet.append(setup.device.type == "cuda" or watch.was_quiet())
+        on_step(step)
+    del trainers
+    with quiet_profiler():
+        for variant in VARIANTS:
+            sides[variant].profile = _profile(variant, setup, batches, make)
+    return Lap(setup, sides, quiet, BOUNDS[setup.dtype])
+
+
+def _timed_step(trainer: Trainer, batch: list[Tensor], side: Side, step: int) -> None:
+    if trainer.setup.device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    loss = trainer.step(*batch)
+    if trainer.setup.device.type == "cuda":
+        torch.cuda.synchronize()
+    side.seconds.append(time.perf_counter() - start)
+    side.losses.append(loss)
+    if not math.isfinite(loss):
+        culprit = name_culprit(trainer.model, batch)
+        raise DynoError(
+            f"the {trainer.variant} model's loss became {loss} at step {step + 1}: {culprit}"
+        )
+
+
+def name_culprit(model: nn.Module, batch: list[Tensor]) -> str:
+    """The first part of the model that makes a value that is not finite, from the batch again."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            return f"the parameter {name} is not finite"
+    found: list[str] = []
+    hooks = []
+
+    def watch(name: str):
+        def hook(_module, _inputs, output):
+            tensors = [output] if isinstance(output, Tensor) else list(output or ())
+            tensors = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
+            if not found and not all(bool(t.isfinite().all()) for t in tensors):
+                found.append(name)
+
+        return hook
+
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_hook(watch(name or "the loss")))
+    try:
+        with torch.no_grad():
+            model(*batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return f"the first part to produce it is {found[0]}" if found else "no part repeats it"
+
+
+def _profile(variant: str, setup: Setup, batches: Batches, make: Callable) -> Profiled:
+    """Builds the model anew and steps twice, so that all it allocates is seen."""
+    batch = [t.to(setup.device) for t in batches[0]]
+
+    def run():
+        trainer = make(variant, setup)
+        for _ in range(2):
+            trainer.step(*batch)
+
+    return profiled(run, setup.device)
