@@ -33,9 +33,7 @@ def set_allocator() -> str:
         kept = 0
     if not kept:
         return "the C library's default (no mallopt here)"
-    return (
-        "glibc malloc, mmap threshold 1 GiB and trim threshold 2 GiB: freed pages stay in the process"
-    )
+    return "glibc malloc, mmap threshold 1 GiB and trim threshold 2 GiB: freed pages stay in the process"
 
 
 def describe_machine(device: torch.device, allocator: str) -> dict:
@@ -139,9 +137,7 @@ class Ceilings:
 
     def floor_us(self, nbytes: float, flops: float) -> float:
         """The least time for work that cannot avoid these bytes and operations."""
-        return 1e6 * max(
-            nbytes / self.copy_bytes_per_second, flops / self.matmul_flops_per_second
-        )
+        return 1e6 * max(nbytes / self.copy_bytes_per_second, flops / self.matmul_flops_per_second)
 
     def raised_by(self, other: Ceilings) -> Ceilings:
         return Ceilings(

@@ -139,7 +139,7 @@ def _add_compiled(calls: dict[str, Callable], case: Case, setting: Setting) -> s
             sample.run(compiled, case, backward=case.differentiable)
             with torch.no_grad():
                 compiled(*sample.inputs)
-        except Exception as error:  # the compiler may fail in any way; the reason is reported
+        except Exception as error:  # noqa: BLE001  (a compiler fails in any way; it is reported)
             reason = f"torch.compile failed: {str(error).strip().splitlines()[0][:120]}"
         else:
             calls["compiled"] = compiled

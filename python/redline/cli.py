@@ -1,0 +1,94 @@
+"""The command line: `redline dyno`, `redline doctor`, `redline --version`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="redline",
+    help="Transformer parts for PyTorch, stock and tuned side by side.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import redline
+
+        print(f"redline {redline.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def dyno(  # one parameter per option: the signature is the command line
+    steps: Annotated[int, typer.Option(help="Training steps of the lap.")] = 40,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    text: Annotated[Path | None, typer.Option(help="A text file, or a folder of them.")] = None,
+    out: Annotated[Path, typer.Option(help="The folder of the report.")] = Path("dyno"),
+    compile_parts: Annotated[int, typer.Option(help="Parts to torch.compile too.")] = 6,
+) -> int:
+    """Train a GPT with stock and with tuned parts, measure every part, write the report."""
+    from redline.dyno import Options, run
+    from redline.dyno.measure import DynoError
+
+    command = shlex.join(["redline", *sys.argv[1:]])
+    try:
+        return run(Options(steps, device, dtype, text, out, compile_parts, command))
+    except DynoError as error:
+        return _fail(f"redline dyno: {error}", 1)
+    except ImportError as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail("redline dyno: stopped by Ctrl-C; nothing was written", 130)
+
+
+@app.command()
+def doctor(
+    path: Annotated[
+        Path | None, typer.Argument(help="A program to search for the old address.")
+    ] = None,
+) -> int:
+    """Say what was found, what is missing, and the command that mends it."""
+    from redline import doctor as examination
+
+    return examination.run(path) or 0
+
+
+def _fail(line: str, status: int) -> int:
+    print(" ".join(line.split()), file=sys.stderr)
+    return status
+
+
+def main() -> None:
+    """The console entry: a wrong option is one line, not a page."""
+    try:
+        status = app(standalone_mode=False)
+    except KeyboardInterrupt:
+        status = _fail("redline: stopped by Ctrl-C", 130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what typer's own errors have in common
+            raise
+        status = _fail(f"redline: {error.format_message()}", getattr(error, "exit_code", 2))
+    sys.exit(status or 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""One part through the new address and through the old one: the warning as printed, the same bits."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+
+NEW = "redline.extensions.transformer_engine"
+OLD = "redline.transformer.custom_layers.transformer_engine"
+
+
+@dataclass
+class Addresses:
+    warning: str | None = None
+    same_bits: bool | None = None
+    reason: str | None = None  # why nothing could be compared
+
+
+def compare(device: torch.device, dtype: torch.dtype) -> Addresses:
+    try:
+        new = importlib.import_module(NEW)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            sys.modules.pop(OLD, None)  # the notice comes with the first import
+            old = importlib.import_module(OLD)
+        results = [_normed(module.TENorm, device, dtype) for module in (new, old)]
+    except (ImportError, AttributeError) as error:
+        return Addresses(reason=f"not compared, because {error}")
+    notices = [w for w in caught if issubclass(w.category, DeprecationWarning)]
+    printed = f"{notices[0].category.__name__}: {notices[0].message}" if notices else None
+    return Addresses(printed, all(torch.equal(a, b) for a, b in zip(*results, strict=True)))
+
+
+def _normed(make, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """TENorm's output and input gradient for a fixed input."""
+    config = SimpleNamespace(
+        normalization="RMSNorm", params_dtype=dtype, use_cpu_initialization=device.type == "cpu"
+    )
+    norm = make(config, 64, eps=1e-5).to(device)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 64, generator=generator).to(device, dtype).requires_grad_(True)
+    y = norm(x)
+    y.sum().backward()
+    return y.detach(), x.grad

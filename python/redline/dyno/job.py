@@ -1,0 +1,132 @@
+"""The whole job, phase by phase, with a progress bar in each long one."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from . import DEVICES, DTYPES, Options, addresses, machine, report
+from .catalogue import CATALOGUE
+from .lap import Setup, run_lap
+from .measure import DynoError
+from .part import Setting
+from .parts import VARIANTS, Row, measure_parts
+from .stock import Shape
+from .text import Batches, learn, read_text
+
+LEARNING_SEED = 0
+
+
+def choose(options: Options) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype that the options name, or one clear line."""
+    if options.device not in DEVICES:
+        raise DynoError(f"--device: expected {' '.join(DEVICES)}, not {options.device}")
+    if options.dtype not in DTYPES:
+        raise DynoError(f"--dtype: expected {' '.join(DTYPES)}, not {options.dtype}")
+    if options.steps < 1:
+        raise DynoError(f"--steps: expected at least 1, not {options.steps}")
+    if options.compile_parts < 0:
+        raise DynoError(f"--compile-parts: expected 0 or more, not {options.compile_parts}")
+    cuda = torch.cuda.is_available()
+    if options.device == "cuda" and not cuda:
+        raise DynoError("--device: cuda: torch sees no GPU here; `redline doctor` says why")
+    device = torch.device("cuda" if options.device == "cuda" or (options.device == "auto" and cuda)
+                          else "cpu")  # fmt: skip
+    name = DTYPES[options.dtype] or ("bfloat16" if device.type == "cuda" else "float32")
+    return device, getattr(torch, name)
+
+
+def shape_for(device: torch.device) -> Shape:
+    if device.type == "cuda":
+        return Shape(hidden=2048, ffn=5632, layers=8, heads=16, kv_heads=4, sequence=2048, batch=4)
+    return Shape()
+
+
+def run_job(options: Options) -> int:
+    device, dtype = choose(options)
+    console = Console(stderr=False)
+    allocator = machine.set_allocator()
+    # One compiling process: a pool of them would run beside the clocks.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    warnings.filterwarnings("ignore", module=r"torch\..*")
+    torch.manual_seed(LEARNING_SEED)
+    with report.aside(options.out) as folder:
+        with _progress(console) as progress:
+            result = _measure(options, (device, dtype), allocator, progress)
+        report.write(result, folder)
+    _print(console, result, options)
+    return 0 if result.lap.right else 1
+
+
+def _progress(console: Console) -> Progress:
+    columns = TextColumn("{task.description:<34}"), BarColumn(), TimeElapsedColumn()
+    return Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), console=console)
+
+
+def _measure(options: Options, target: tuple, allocator: str, progress: Progress) -> report.Result:
+    device, dtype = target
+    shape = shape_for(device)
+    task = progress.add_task("reading and learning the text", total=2)
+    name, documents = read_text(options.text)
+    progress.advance(task)
+    corpus = learn(name, documents, shape.vocabulary)
+    batches = Batches(corpus, shape.batch, shape.sequence, LEARNING_SEED)
+    progress.advance(task)
+
+    setup = Setup(shape, device, dtype, options.steps)
+    lap_task = progress.add_task("the lap: stock and tuned", total=options.steps)
+    lap = run_lap(setup, batches, lambda step: progress.update(lap_task, completed=step + 1))
+
+    parts_task = progress.add_task("the parts", total=len(CATALOGUE))
+
+    def on_part(part: str) -> None:
+        progress.update(parts_task, description=f"the parts: {part}")
+        progress.advance(parts_task)
+
+    ceilings = machine.measure_ceilings(device, dtype)
+    setting = Setting.for_device(device, dtype)
+    rows = measure_parts(setting, options.compile_parts, on_part)
+    ceilings = ceilings.raised_by(machine.measure_ceilings(device, dtype))
+    for row in rows:
+        row.hold_against(ceilings)
+    return report.Result(
+        machine=machine.describe_machine(device, allocator),
+        versions=machine.describe_versions(options.command),
+        ceilings=ceilings,
+        rows=rows,
+        lap=lap,
+        corpus=corpus,
+        addresses=addresses.compare(device, dtype),
+    )
+
+
+def _print(console: Console, result: report.Result, options: Options) -> None:
+    console.print(_parts_table(result.rows))
+    answers = Table(box=None, show_header=False)
+    for headline in report.headlines(result.lap):
+        answers.add_row(headline.question, f"[bold]{headline.answer}[/]", headline.detail)
+    console.print(answers)
+    console.print(f"{options.out / 'report.html'}  {options.out / 'dyno.json'}")
+
+
+def _parts_table(rows: list[Row]) -> Table:
+    table = Table(title="parts: median time", title_justify="left")
+    table.add_column("part")
+    for column in ("direction", *VARIANTS, "stock / tuned", "of redline"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        speedup = None if row.disturbed else row.speedup()
+        share = None if row.disturbed else row.of_redline
+        table.add_row(
+            row.name,
+            row.direction,
+            *(report.microseconds(row.median_us(v)) for v in VARIANTS),
+            f"{speedup:.2f}x" if speedup else "disturbed" if row.disturbed else "–",
+            f"{share:.0%}" if share else "–",
+        )
+    return table
