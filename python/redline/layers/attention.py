@@ -1,0 +1,102 @@
+"""Attention: norm, packed QKV projection, rotary, attention and the output projection."""
+
+import torch
+
+from redline import ops
+from redline.layers.linear import LayerNormLinear, Linear
+from redline.layers.norm import LayerNorm, RMSNorm
+from redline.layers.rotary import RotaryTables
+
+
+class Attention(torch.nn.Module):
+    """y = attention(rotary(qkv(norm(x)))) W^T with grouped queries, in Transformer Engine's names.
+
+    layernorm_qkv.weight holds, for each of kv_heads groups, its queries' rows, its key's, its value's.
+    forward(x) -> y; forward(x, residual) -> (y, x + residual). x is [batch, sequence, hidden_size], or
+    [tokens, hidden_size] packed with cu_seqlens. `window` is (keys kept before, keys kept after).
+
+    >>> Attention(1024, heads=16, kv_heads=4)(torch.randn(2, 128, 1024)).shape
+    torch.Size([2, 128, 1024])
+    """
+
+    def __init__(
+        self,
+        hidden_size,
+        heads,
+        kv_heads=None,
+        head_dim=None,
+        bias=False,
+        *,
+        causal=True,
+        window=None,
+        rotary_dim=None,
+        rotary_base=10000.0,
+        max_positions=4096,
+        qk_norm=False,
+        normalization="RMSNorm",
+        eps=1e-5,
+        zero_centered=False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.heads, self.kv_heads = heads, kv_heads or heads
+        if heads % self.kv_heads:
+            raise ValueError(f"Attention: kv_heads: expected a divisor of {heads}, not {kv_heads}")
+        if not head_dim and hidden_size % heads:
+            raise ValueError(
+                f"Attention: heads: expected a divisor of hidden_size {hidden_size}, not {heads}"
+            )
+        self.head_dim = head_dim or hidden_size // heads
+        self.causal, self.window = causal, window
+        factory = {"device": device, "dtype": dtype}
+        norm = {"eps": eps, "zero_centered": zero_centered}
+        self.layernorm_qkv = LayerNormLinear(
+            hidden_size,
+            (heads + 2 * self.kv_heads) * self.head_dim,
+            bias,
+            normalization=normalization,
+            **norm,
+            **factory,
+        )
+        head_norm = RMSNorm if normalization == "RMSNorm" else LayerNorm
+        self.q_norm = head_norm(self.head_dim, **norm, **factory) if qk_norm else None
+        self.k_norm = head_norm(self.head_dim, **norm, **factory) if qk_norm else None
+        rotary_dim = self.head_dim if rotary_dim is None else rotary_dim
+        self.rotary = (
+            RotaryTables(max_positions, rotary_dim, rotary_base, device) if rotary_dim else None
+        )
+        self.proj = Linear(heads * self.head_dim, hidden_size, bias, **factory)
+
+    def split(self, qkv):
+        """Views q, k, v [..., heads, head_dim] of qkv [..., (heads + 2 kv_heads) head_dim]."""
+        group = self.heads // self.kv_heads
+        packed = qkv.unflatten(-1, (self.kv_heads, group + 2, self.head_dim))
+        q, k, v = packed.split([group, 1, 1], dim=-2)
+        return q.flatten(-3, -2), k.squeeze(-2), v.squeeze(-2)
+
+    def rotate(self, qkv, positions, cu_seqlens):
+        """q, k, v at their positions: in one pass over the packed qkv unless q and k have norms."""
+        layout = "bshd" if cu_seqlens is None else "thd"
+        where = {"positions": positions, "layout": layout, "cu_seqlens": cu_seqlens}
+        if self.q_norm is not None:
+            q, k, v = self.split(qkv)
+            q, k = self.q_norm(q), self.k_norm(k)
+            if self.rotary is not None:
+                cos, sin = self.rotary(qkv)
+                q, k = ops.rotary(q, cos, sin, **where), ops.rotary(k, cos, sin, **where)
+            return q, k, v
+        if self.rotary is not None:
+            cos, sin = self.rotary(qkv)
+            qkv = ops.qkv_rotary(qkv, cos, sin, self.heads, self.kv_heads, **where)
+        return self.split(qkv)
+
+    def forward(self, x, residual=None, *, positions=None, cu_seqlens=None, max_seqlen=None):
+        qkv = self.layernorm_qkv(x, residual)
+        qkv, total = (qkv, None) if residual is None else qkv
+        q, k, v = self.rotate(qkv, positions, cu_seqlens)
+        packing = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+        packing |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
+        context = ops.attention(q, k, v, causal=self.causal, window=self.window, **packing)
+        y = self.proj(context.flatten(-2))
+        return y if residual is None else (y, total)

@@ -1,0 +1,79 @@
+"""GPT: embedding, layers, final norm, and a head or the loss."""
+
+import math
+
+import torch
+
+from redline import ops
+from redline.layers.embedding import Embedding
+from redline.layers.linear import Linear
+from redline.layers.norm import LayerNorm, RMSNorm
+from redline.layers.transformer_layer import TransformerLayer
+
+
+class GPT(torch.nn.Module):
+    """A decoder-only language model; further keywords are TransformerLayer's.
+
+    forward(tokens [batch, sequence]) -> logits [batch, sequence, vocabulary]; with targets of the
+    tokens' shape -> the mean cross entropy, a float32 scalar. `tied` reads embedding.weight as head.
+
+    >>> GPT(8192, 256, 704, layers=2, heads=4)(torch.zeros(1, 16, dtype=torch.int64)).shape
+    torch.Size([1, 16, 8192])
+    """
+
+    def __init__(
+        self,
+        vocabulary,
+        hidden_size,
+        ffn_hidden_size,
+        layers,
+        heads,
+        kv_heads=None,
+        tied=False,
+        *,
+        normalization="RMSNorm",
+        eps=1e-5,
+        zero_centered=False,
+        device=None,
+        dtype=None,
+        **layer,
+    ):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        norm = {"eps": eps, "zero_centered": zero_centered}
+        layer |= {"normalization": normalization, **norm, **factory}
+        self.embedding = Embedding(vocabulary, hidden_size, **factory)
+        self.layers = torch.nn.ModuleList(
+            TransformerLayer(hidden_size, ffn_hidden_size, heads, kv_heads, **layer)
+            for _ in range(layers)
+        )
+        final_norm = RMSNorm if normalization == "RMSNorm" else LayerNorm
+        self.final_norm = final_norm(hidden_size, **norm, **factory)
+        self.head = None if tied else Linear(hidden_size, vocabulary, bias=False, **factory)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """GPT-2's: matrices normal(0, 0.02), those that write the stream over sqrt(2 layers)."""
+        writer_std = 0.02 / math.sqrt(2 * max(len(self.layers), 1))
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                writes = name.endswith(("proj.weight", "fc2_weight"))
+                torch.nn.init.normal_(parameter, 0.0, writer_std if writes else 0.02)
+            elif name.endswith("bias"):
+                torch.nn.init.zeros_(parameter)
+            else:  # a norm's gain
+                torch.nn.init.constant_(parameter, 0.0 if self.final_norm.zero_centered else 1.0)
+
+    def forward(self, tokens, targets=None, **where):
+        x, residual = self.embedding(tokens), None
+        for layer in self.layers:
+            x, residual = layer.forward_residual(x, residual, **where)
+        x = self.final_norm(x) if residual is None else self.final_norm(x, residual)[0]
+        if self.head is None:
+            logits = torch.nn.functional.linear(x, self.embedding.weight)
+        else:
+            logits = self.head(x)
+        if targets is None:
+            return logits
+        # No one else reads these logits, so backward may write their gradient over them.
+        return ops.cross_entropy(logits, targets, inplace_backward=logits.requires_grad)

@@ -1,0 +1,131 @@
+"""RMSNorm and LayerNorm, and the input norm that opens the fused layers."""
+
+import torch
+
+from redline import ops
+
+
+def _flatten(x, shape):
+    # The ops normalise the last axis; torch's normalized_shape may span several.
+    if len(shape) == 1 or x is None:
+        return x
+    if x.shape[-len(shape) :] != shape:
+        raise RuntimeError(f"norm: x: expected trailing shape {shape}, not {tuple(x.shape)}")
+    return x.flatten(-len(shape))
+
+
+def _unflatten(y, shape):
+    return y if len(shape) == 1 else y.unflatten(-1, shape)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last axes; weight [normalized_shape].
+
+    forward(x) -> y; forward(x, residual) -> (norm(x + residual), x + residual) in one pass.
+    `zero_centered` stores weight - 1, so that weight decay pulls towards the identity.
+
+    >>> RMSNorm(4096)(torch.randn(2, 16, 4096)).shape
+    torch.Size([2, 16, 4096])
+    """
+
+    def __init__(
+        self,
+        normalized_shape,
+        eps=None,
+        elementwise_affine=True,
+        device=None,
+        dtype=None,
+        *,
+        zero_centered=False,
+    ):
+        self.zero_centered = zero_centered  # before super: reset_parameters reads it
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        if self.zero_centered and self.elementwise_affine:
+            torch.nn.init.zeros_(self.weight)
+
+    def epsilon(self, x):
+        if self.eps is not None:
+            return self.eps
+        return torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
+
+    def forward(self, x, residual=None):
+        shape = self.normalized_shape
+        options = (_flatten(self.weight, shape), self.epsilon(x), self.zero_centered)
+        if residual is None:
+            return _unflatten(ops.rms_norm(_flatten(x, shape), *options), shape)
+        y, total = ops.residual_rms_norm(_flatten(x, shape), _flatten(residual, shape), *options)
+        return _unflatten(y, shape), _unflatten(total, shape)
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last axes.
+
+    forward(x) -> y; forward(x, residual) -> (norm(x + residual), x + residual) in one pass.
+
+    >>> LayerNorm(4096, bias=False)(torch.randn(2, 16, 4096)).shape
+    torch.Size([2, 16, 4096])
+    """
+
+    def __init__(
+        self,
+        normalized_shape,
+        eps=1e-5,
+        elementwise_affine=True,
+        bias=True,
+        device=None,
+        dtype=None,
+        *,
+        zero_centered=False,
+    ):
+        self.zero_centered = zero_centered  # before super: reset_parameters reads it
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        if self.zero_centered and self.elementwise_affine:
+            torch.nn.init.zeros_(self.weight)
+
+    def forward(self, x, residual=None):
+        shape = self.normalized_shape
+        weight, bias = _flatten(self.weight, shape), _flatten(self.bias, shape)
+        options = (weight, bias, self.eps, self.zero_centered)
+        if residual is None:
+            return _unflatten(ops.layer_norm(_flatten(x, shape), *options), shape)
+        y, total = ops.residual_layer_norm(_flatten(x, shape), _flatten(residual, shape), *options)
+        return _unflatten(y, shape), _unflatten(total, shape)
+
+
+class InputNorm(torch.nn.Module):
+    """The norm at the door of LayerNormLinear and LayerNormMLP, under Transformer Engine's names."""
+
+    def __init__(self, features, normalization, eps, zero_centered, factory):
+        super().__init__()
+        if normalization not in ("RMSNorm", "LayerNorm"):
+            raise ValueError(
+                f"{type(self).__name__}: normalization: "
+                f"expected RMSNorm or LayerNorm, not {normalization}"
+            )
+        self.normalization, self.eps, self.zero_centered = normalization, eps, zero_centered
+        self.layer_norm_weight = torch.nn.Parameter(torch.empty(features, **factory))
+        bias = torch.empty(features, **factory) if normalization == "LayerNorm" else None
+        self.layer_norm_bias = None if bias is None else torch.nn.Parameter(bias)
+
+    def reset_norm(self):
+        torch.nn.init.constant_(self.layer_norm_weight, 0.0 if self.zero_centered else 1.0)
+        if self.layer_norm_bias is not None:
+            torch.nn.init.zeros_(self.layer_norm_bias)
+
+    def normalize(self, x, residual=None):
+        """(norm(x), x), or (norm(x + residual), x + residual)."""
+        weight, bias = self.layer_norm_weight, self.layer_norm_bias
+        options = (self.eps, self.zero_centered)
+        if self.normalization == "RMSNorm":
+            if residual is None:
+                return ops.rms_norm(x, weight, *options), x
+            return ops.residual_rms_norm(x, residual, weight, *options)
+        if residual is None:
+            return ops.layer_norm(x, weight, bias, *options), x
+        return ops.residual_layer_norm(x, residual, weight, bias, *options)
