@@ -11,9 +11,9 @@ from redline.layers.rotary import RotaryTables
 class Attention(torch.nn.Module):
     """y = attention(rotary(qkv(norm(x)))) W^T with grouped queries, in Transformer Engine's names.
 
-    layernorm_qkv.weight holds, for each of kv_heads groups, its queries' rows, its key's, its value's.
-    forward(x) -> y; forward(x, residual) -> (y, x + residual). x is [batch, sequence, hidden_size], or
-    [tokens, hidden_size] packed with cu_seqlens. `window` is (keys kept before, keys kept after).
+    layernorm_qkv.weight holds, for each of kv_heads groups, its queries' rows, key's and value's.
+    forward(x) -> y; forward(x, residual) -> (y, x + residual). x is [batch, sequence, hidden_size],
+    or [tokens, hidden_size] packed with cu_seqlens. `window` is (keys kept before, kept after).
 
     >>> Attention(1024, heads=16, kv_heads=4)(torch.randn(2, 128, 1024)).shape
     torch.Size([2, 128, 1024])
@@ -84,7 +84,10 @@ class Attention(torch.nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
             if self.rotary is not None:
                 cos, sin = self.rotary(qkv)
-                q, k = ops.rotary(q, cos, sin, **where), ops.rotary(k, cos, sin, **where)
+                q, k = (
+                    ops.rotary(q, cos, sin, **where),
+                    ops.rotary(k, cos, sin, **where),
+                )
             return q, k, v
         if self.rotary is not None:
             cos, sin = self.rotary(qkv)

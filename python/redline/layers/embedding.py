@@ -8,7 +8,7 @@ from redline import ops
 class Embedding(torch.nn.Embedding):
     """y = weight[tokens]; weight [num_embeddings, embedding_dim].
 
-    torch.nn.Embedding's arguments; padding_idx, max_norm, scale_grad_by_freq and sparse are refused.
+    torch.nn.Embedding's arguments; padding_idx, max_norm, scale_grad_by_freq, sparse are refused.
 
     >>> Embedding(8192, 1024)(torch.zeros(2, 16, dtype=torch.int64)).shape
     torch.Size([2, 16, 1024])

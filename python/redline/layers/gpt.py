@@ -15,7 +15,7 @@ class GPT(torch.nn.Module):
     """A decoder-only language model; further keywords are TransformerLayer's.
 
     forward(tokens [batch, sequence]) -> logits [batch, sequence, vocabulary]; with targets of the
-    tokens' shape -> the mean cross entropy, a float32 scalar. `tied` reads embedding.weight as head.
+    tokens' shape -> the mean cross entropy, a float32 scalar. `tied`: embedding.weight is the head.
 
     >>> GPT(8192, 256, 704, layers=2, heads=4)(torch.zeros(1, 16, dtype=torch.int64)).shape
     torch.Size([1, 16, 8192])
@@ -28,9 +28,9 @@ class GPT(torch.nn.Module):
         ffn_hidden_size,
         layers,
         heads,
+        *,
         kv_heads=None,
         tied=False,
-        *,
         normalization="RMSNorm",
         eps=1e-5,
         zero_centered=False,

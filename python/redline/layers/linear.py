@@ -8,7 +8,7 @@ from redline.layers.norm import InputNorm
 
 
 class Linear(torch.nn.Linear):
-    """y = x W^T + bias; torch.nn.Linear under Redline's name, for isinstance and the product's home.
+    """y = x W^T + bias: torch.nn.Linear, under the name that Redline's products will have.
 
     >>> Linear(1024, 4096, bias=False)(torch.randn(2, 16, 1024)).shape
     torch.Size([2, 16, 4096])
@@ -16,7 +16,7 @@ class Linear(torch.nn.Linear):
 
 
 def reset_linear(weight, bias):
-    """Fills weight [out, in] and bias [out] as torch.nn.Linear does, from the same random numbers."""
+    """Fills weight [out, in] and bias [out] as torch.nn.Linear does, from the same numbers."""
     torch.nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
     if bias is not None:
         bound = 1 / math.sqrt(weight.shape[1]) if weight.shape[1] else 0

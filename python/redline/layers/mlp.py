@@ -11,7 +11,7 @@ PLAIN = ("gelu", "gelu_erf", "quick_gelu", "silu", "relu", "squared_relu")
 
 
 class LayerNormMLP(InputNorm):
-    """y = act(norm(x) W1^T + b1) W2^T + b2; a gated fc1 holds [gate; linear], 2 ffn_hidden_size rows.
+    """y = act(norm(x) W1^T + b1) W2^T + b2; a gated fc1 has 2 ffn_hidden_size rows, gate first.
 
     forward(x) -> y; forward(x, residual) -> (y, x + residual), the sum and its norm in one pass.
 

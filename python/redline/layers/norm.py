@@ -1,4 +1,5 @@
 """RMSNorm and LayerNorm, and the input norm that opens the fused layers."""
+# Over budget: parameters: LayerNorm takes torch.nn.LayerNorm's.
 
 import torch
 
@@ -99,7 +100,7 @@ class LayerNorm(torch.nn.LayerNorm):
 
 
 class InputNorm(torch.nn.Module):
-    """The norm at the door of LayerNormLinear and LayerNormMLP, under Transformer Engine's names."""
+    """The norm that opens LayerNormLinear and LayerNormMLP, in Transformer Engine's names."""
 
     def __init__(self, features, normalization, eps, zero_centered, factory):
         super().__init__()
@@ -108,7 +109,11 @@ class InputNorm(torch.nn.Module):
                 f"{type(self).__name__}: normalization: "
                 f"expected RMSNorm or LayerNorm, not {normalization}"
             )
-        self.normalization, self.eps, self.zero_centered = normalization, eps, zero_centered
+        self.normalization, self.eps, self.zero_centered = (
+            normalization,
+            eps,
+            zero_centered,
+        )
         self.layer_norm_weight = torch.nn.Parameter(torch.empty(features, **factory))
         bias = torch.empty(features, **factory) if normalization == "LayerNorm" else None
         self.layer_norm_bias = None if bias is None else torch.nn.Parameter(bias)

@@ -4,7 +4,7 @@ import torch
 
 
 def rotary_tables(positions, rotary_dim, base):
-    """(cos, sin), each float32 [positions, rotary_dim / 2] on the CPU, rounded once from float64."""
+    """(cos, sin), float32 [positions, rotary_dim / 2] on the CPU, rounded once from float64."""
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device="cpu") / rotary_dim
     frequencies = torch.pow(base, exponents).reciprocal()
     angles = torch.arange(positions, dtype=torch.float64, device="cpu")[:, None] * frequencies
@@ -43,7 +43,7 @@ class RotaryTables(torch.nn.Module):
         return self
 
     def forward(self, x):
-        """(cos, sin) for x; a module filled by load_state_dict(assign=True) is still on meta here."""
+        """(cos, sin) for x; after load_state_dict(assign=True) they are still on meta here."""
         if self.cos.is_meta and not x.is_meta:
             self.place(x.device)
         return self.cos, self.sin

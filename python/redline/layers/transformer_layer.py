@@ -10,8 +10,8 @@ from redline.layers.mlp import LayerNormMLP
 class TransformerLayer(torch.nn.Module):
     """h = x + attention(norm(x)); y = h + mlp(norm(h)); further keywords are Attention's.
 
-    forward_residual(x, residual) -> (x, residual) leaves the last sum to the next norm, which makes it
-    in the same pass; the stream is x + residual, or x alone where residual is None.
+    forward_residual(x, residual) -> (x, residual) leaves the last sum to the next norm, which makes
+    it in the same pass; the stream is x + residual, or x alone where residual is None.
 
     >>> TransformerLayer(1024, 2816, heads=16)(torch.randn(2, 128, 1024)).shape
     torch.Size([2, 128, 1024])
@@ -36,7 +36,12 @@ class TransformerLayer(torch.nn.Module):
     ):
         super().__init__()
         self.dropout = dropout
-        shared = {"bias": bias, "normalization": normalization, "eps": eps, "device": device}
+        shared = {
+            "bias": bias,
+            "normalization": normalization,
+            "eps": eps,
+            "device": device,
+        }
         shared |= {"zero_centered": zero_centered, "dtype": dtype}
         self.self_attention = Attention(hidden_size, heads, kv_heads, **attention, **shared)
         self.layernorm_mlp = LayerNormMLP(
