@@ -34,7 +34,6 @@ _ATTENTION_BUILT = {
     "softmax_type": ("vanilla",),
     "qk_clip": (False,),
     "log_max_attention_logit": (False,),
-    "deterministic_mode": (False,),
 }
 
 
@@ -275,8 +274,7 @@ class TEDotProductAttention(torch.nn.Module):
         self.config, self.attn_mask_type = config, attn_mask_type
         self.softmax_scale = softmax_scale
         self.window = _window(config, layer_number)
-        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        _refuse("TEDotProductAttention", "attention_dropout", dropout, (0.0,))
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
     def forward(
         self,
@@ -295,6 +293,8 @@ class TEDotProductAttention(torch.nn.Module):
             "causal": "causal" in mask,
             "scale": self.softmax_scale,
             "window": self.window,
+            "dropout": self.dropout if self.training else 0.0,
+            "deterministic": getattr(self.config, "deterministic_mode", False),
         }
         if packed_seq_params is not None:
             _refuse(

@@ -8,7 +8,7 @@ from redline import ops
 class Embedding(torch.nn.Embedding):
     """y = weight[tokens]; weight [num_embeddings, embedding_dim].
 
-    torch.nn.Embedding's arguments; padding_idx, max_norm, scale_grad_by_freq, sparse are refused.
+    torch.nn.Embedding's arguments; max_norm, scale_grad_by_freq and sparse are refused.
 
     >>> Embedding(8192, 1024)(torch.zeros(2, 16, dtype=torch.int64)).shape
     torch.Size([2, 16, 1024])
@@ -17,7 +17,6 @@ class Embedding(torch.nn.Embedding):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         for name, built in (
-            ("padding_idx", None),
             ("max_norm", None),
             ("scale_grad_by_freq", False),
             ("sparse", False),
@@ -28,4 +27,4 @@ class Embedding(torch.nn.Embedding):
                 )
 
     def forward(self, tokens):
-        return ops.embedding(tokens, self.weight)
+        return ops.embedding(tokens, self.weight, self.padding_idx)

@@ -1,0 +1,57 @@
+#include "redline/layers/gpt.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "redline/ops/cross_entropy.h"
+
+namespace redline::layers {
+
+GPTImpl::GPTImpl(const GPTOptions& options) : options(options) { reset(); }
+
+void GPTImpl::reset() {
+  const int64_t hidden = options.layer.attention.hidden_size;
+  embedding = register_module("embedding", Embedding({.num_embeddings = options.vocabulary,
+                                                      .embedding_dim = hidden}));
+  layers = register_module("layers", torch::nn::ModuleList());
+  for (int64_t i = 0; i < options.layers; ++i) layers->push_back(TransformerLayer(options.layer));
+  final_norm = register_module("final_norm", Norm(hidden, options.layer.norm));
+  if (!options.tied)
+    head = register_module("head", Linear({.in_features = hidden,
+                                           .out_features = options.vocabulary,
+                                           .bias = false}));
+  reset_parameters();
+}
+
+void GPTImpl::reset_parameters() {
+  const double writer_std = 0.02 / std::sqrt(2.0 * std::max<int64_t>(options.layers, 1));
+  for (const auto& named : named_parameters()) {
+    const std::string& name = named.key();
+    if (named.value().dim() == 2) {
+      const bool writes = name.ends_with("proj.weight") || name.ends_with("fc2_weight");
+      torch::nn::init::normal_(named.value(), 0.0, writes ? writer_std : 0.02);
+    } else if (name.ends_with("bias")) {
+      torch::nn::init::zeros_(named.value());
+    } else {  // a norm's gain
+      torch::nn::init::constant_(named.value(), options.layer.norm.zero_centered ? 0.0 : 1.0);
+    }
+  }
+}
+
+Tensor GPTImpl::forward(const Tensor& tokens, const Packing& packing) {
+  Stream stream = {.x = embedding(tokens)};
+  for (const auto& layer : *layers)
+    stream = layer->as<TransformerLayerImpl>()->forward_residual(stream, packing);
+  const Tensor x = stream.residual
+                       ? std::get<0>(final_norm->forward_residual(stream.x, *stream.residual))
+                       : final_norm(stream.x);
+  return options.tied ? torch::linear(x, embedding->weight) : head(x);
+}
+
+Tensor GPTImpl::loss(const Tensor& tokens, const Tensor& targets, const Packing& packing) {
+  const Tensor logits = forward(tokens, packing);
+  // No one else reads these logits, so backward may write their gradient over them.
+  return ops::cross_entropy(logits, targets, {.inplace_backward = logits.requires_grad()});
+}
+
+}  // namespace redline::layers

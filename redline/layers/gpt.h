@@ -1,0 +1,38 @@
+// GPT: embedding, layers, final norm, and a head or the loss.
+#pragma once
+
+#include "redline/layers/embedding.h"
+#include "redline/layers/linear.h"
+#include "redline/layers/module.h"
+#include "redline/layers/norm.h"
+#include "redline/layers/transformer_layer.h"
+
+namespace redline::layers {
+
+struct GPTOptions {
+  int64_t vocabulary = 0;
+  int64_t layers = 0;
+  TransformerLayerOptions layer = {};
+  bool tied = false;  // embedding.weight is the head
+};
+
+class GPTImpl : public torch::nn::Cloneable<GPTImpl> {
+ public:
+  explicit GPTImpl(const GPTOptions& options);
+  void reset() override;
+  // GPT-2's: matrices normal(0, 0.02), those that write the stream over sqrt(2 layers).
+  void reset_parameters();
+  // tokens [batch, sequence] -> logits [batch, sequence, vocabulary].
+  Tensor forward(const Tensor& tokens, const Packing& packing = {});
+  // The mean cross entropy, a float32 scalar; targets of the tokens' shape.
+  Tensor loss(const Tensor& tokens, const Tensor& targets, const Packing& packing = {});
+
+  GPTOptions options;
+  Embedding embedding = nullptr;
+  torch::nn::ModuleList layers = nullptr;
+  Norm final_norm = nullptr;
+  Linear head = nullptr;
+};
+using GPT = Holder<GPTImpl, GPTOptions>;
+
+}  // namespace redline::layers

@@ -1,0 +1,55 @@
+#include "redline/layers/linear.h"
+
+#include <cmath>
+
+namespace redline::layers {
+
+void reset_linear(const Tensor& weight, const Tensor& bias) {
+  torch::nn::init::kaiming_uniform_(weight, std::sqrt(5.0));
+  if (!bias.defined()) return;
+  const double bound = weight.size(1) ? 1 / std::sqrt(static_cast<double>(weight.size(1))) : 0;
+  torch::nn::init::uniform_(bias, -bound, bound);
+}
+
+Gain register_gain(torch::nn::Module& module, int64_t dim, const NormOptions& options) {
+  Gain gain;
+  gain.weight = module.register_parameter("layer_norm_weight", torch::empty({dim}));
+  if (options.kind == Normalization::layer_norm)
+    gain.bias = module.register_parameter("layer_norm_bias", torch::empty({dim}));
+  reset_gain(gain, options.zero_centered);
+  return gain;
+}
+
+LinearImpl::LinearImpl(const LinearOptions& options) : options(options) { reset(); }
+
+void LinearImpl::reset() {
+  weight = register_parameter("weight", torch::empty({options.out_features, options.in_features}));
+  if (options.bias) bias = register_parameter("bias", torch::empty({options.out_features}));
+  reset_linear(weight, bias);
+}
+
+Tensor LinearImpl::forward(const Tensor& x) { return torch::linear(x, weight, bias); }
+
+LayerNormLinearImpl::LayerNormLinearImpl(const LayerNormLinearOptions& options)
+    : options(options) {
+  reset();
+}
+
+void LayerNormLinearImpl::reset() {
+  gain = register_gain(*this, options.in_features, options.norm);
+  weight = register_parameter("weight", torch::empty({options.out_features, options.in_features}));
+  if (options.bias) bias = register_parameter("bias", torch::empty({options.out_features}));
+  reset_linear(weight, bias);
+}
+
+Tensor LayerNormLinearImpl::forward(const Tensor& x) {
+  return torch::linear(normalize(x, gain, options.norm), weight, bias);
+}
+
+std::tuple<Tensor, Tensor> LayerNormLinearImpl::forward_residual(const Tensor& x,
+                                                                 const Tensor& residual) {
+  auto [normed, sum] = normalize_residual(x, residual, gain, options.norm);
+  return {torch::linear(normed, weight, bias), sum};
+}
+
+}  // namespace redline::layers

@@ -1,0 +1,55 @@
+// Linear, and LayerNormLinear: a norm and the product that reads it.
+#pragma once
+
+#include "redline/layers/module.h"
+#include "redline/layers/norm.h"
+
+namespace redline::layers {
+
+struct LinearOptions {
+  int64_t in_features = 0;
+  int64_t out_features = 0;
+  bool bias = true;
+};
+
+struct LayerNormLinearOptions {
+  int64_t in_features = 0;
+  int64_t out_features = 0;
+  bool bias = true;
+  NormOptions norm = {};
+};
+
+// y = x W^T + bias; weight [out, in], bias [out].
+class LinearImpl : public torch::nn::Cloneable<LinearImpl> {
+ public:
+  explicit LinearImpl(const LinearOptions& options);
+  void reset() override;
+  Tensor forward(const Tensor& x);
+
+  LinearOptions options;
+  Tensor weight, bias;
+};
+using Linear = Holder<LinearImpl, LinearOptions>;
+
+// y = norm(x) W^T + bias; layer_norm_weight [in], weight [out, in], bias [out].
+class LayerNormLinearImpl : public torch::nn::Cloneable<LayerNormLinearImpl> {
+ public:
+  explicit LayerNormLinearImpl(const LayerNormLinearOptions& options);
+  void reset() override;
+  Tensor forward(const Tensor& x);
+  // {y, x + residual}.
+  std::tuple<Tensor, Tensor> forward_residual(const Tensor& x, const Tensor& residual);
+
+  LayerNormLinearOptions options;
+  Gain gain;
+  Tensor weight, bias;
+};
+using LayerNormLinear = Holder<LayerNormLinearImpl, LayerNormLinearOptions>;
+
+// Fills weight [out, in] and bias [out] as torch::nn::Linear does, from the same random numbers.
+void reset_linear(const Tensor& weight, const Tensor& bias);
+
+// The gain of an input norm, as layer_norm_weight and layer_norm_bias of `module`.
+Gain register_gain(torch::nn::Module& module, int64_t dim, const NormOptions& options);
+
+}  // namespace redline::layers

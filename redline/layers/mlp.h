@@ -1,0 +1,37 @@
+// LayerNormMLP: norm, up projection, activation, down projection.
+#pragma once
+
+#include "redline/layers/module.h"
+#include "redline/layers/norm.h"
+
+namespace redline::layers {
+
+struct LayerNormMLPOptions {
+  int64_t hidden_size = 0;
+  int64_t ffn_hidden_size = 0;
+  bool bias = true;
+  std::string activation = "swiglu";  // swiglu geglu reglu quick_geglu clamped_swiglu, or
+                                      // gelu gelu_erf quick_gelu silu relu squared_relu
+  NormOptions norm = {};
+};
+
+// y = act(norm(x) W1^T + b1) W2^T + b2; layer_norm_weight [hidden], fc1_weight [ffn, hidden] or, for a
+// gated activation, [gate; linear] [2 ffn, hidden], fc2_weight [hidden, ffn], and their biases.
+class LayerNormMLPImpl : public torch::nn::Cloneable<LayerNormMLPImpl> {
+ public:
+  explicit LayerNormMLPImpl(const LayerNormMLPOptions& options);
+  void reset() override;
+  Tensor forward(const Tensor& x);
+  // {y, x + residual}.
+  std::tuple<Tensor, Tensor> forward_residual(const Tensor& x, const Tensor& residual);
+
+  LayerNormMLPOptions options;
+  Gain gain;
+  Tensor fc1_weight, fc1_bias, fc2_weight, fc2_bias;
+
+ private:
+  Tensor project(const Tensor& normed) const;
+};
+using LayerNormMLP = Holder<LayerNormMLPImpl, LayerNormMLPOptions>;
+
+}  // namespace redline::layers

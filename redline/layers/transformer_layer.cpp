@@ -1,0 +1,44 @@
+#include "redline/layers/transformer_layer.h"
+
+#include "redline/ops/bias_dropout_add.h"
+
+namespace redline::layers {
+
+TransformerLayerImpl::TransformerLayerImpl(const TransformerLayerOptions& given) : options(given) {
+  options.mlp.hidden_size = options.attention.hidden_size;
+  options.mlp.norm = options.attention.norm = options.norm;
+  options.mlp.bias = options.attention.bias = options.bias;
+  reset();
+}
+
+void TransformerLayerImpl::reset() {
+  self_attention = register_module("self_attention", Attention(options.attention));
+  layernorm_mlp = register_module("layernorm_mlp", LayerNormMLP(options.mlp));
+}
+
+Tensor TransformerLayerImpl::add(const Tensor& x, const Tensor& residual) const {
+  return ops::bias_dropout_add(x, std::nullopt, residual, options.dropout, is_training());
+}
+
+Stream TransformerLayerImpl::forward_residual(const Stream& stream, const Packing& packing) {
+  Tensor attended, residual = stream.x;
+  if (stream.residual) {
+    std::tie(attended, residual) =
+        self_attention->forward_residual(stream.x, *stream.residual, packing);
+  } else {
+    attended = self_attention->forward(stream.x, packing);
+  }
+  if (options.dropout == 0) {
+    auto [y, sum] = layernorm_mlp->forward_residual(attended, residual);
+    return {.x = y, .residual = sum};
+  }
+  const Tensor x = add(attended, residual);
+  return {.x = add(layernorm_mlp(x), x)};
+}
+
+Tensor TransformerLayerImpl::forward(const Tensor& x, const Packing& packing) {
+  const Stream stream = forward_residual({.x = x}, packing);
+  return stream.residual ? add(stream.x, *stream.residual) : stream.x;
+}
+
+}  // namespace redline::layers

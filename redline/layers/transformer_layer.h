@@ -1,0 +1,43 @@
+// TransformerLayer: pre-norm attention and MLP around a residual stream.
+#pragma once
+
+#include "redline/layers/attention.h"
+#include "redline/layers/mlp.h"
+#include "redline/layers/module.h"
+
+namespace redline::layers {
+
+// norm and bias hold for both parts; mlp.hidden_size is attention's.
+struct TransformerLayerOptions {
+  AttentionOptions attention = {};
+  LayerNormMLPOptions mlp = {};
+  NormOptions norm = {};
+  bool bias = false;
+  double dropout = 0.0;
+};
+
+// The residual stream: x + residual, or x alone where there is no residual.
+struct Stream {
+  Tensor x;
+  std::optional<Tensor> residual = {};
+};
+
+// h = x + attention(norm(x)); y = h + mlp(norm(h)).
+class TransformerLayerImpl : public torch::nn::Cloneable<TransformerLayerImpl> {
+ public:
+  explicit TransformerLayerImpl(const TransformerLayerOptions& options);
+  void reset() override;
+  Tensor forward(const Tensor& x, const Packing& packing = {});
+  // Leaves the last sum to the next norm, which makes it in the same pass.
+  Stream forward_residual(const Stream& stream, const Packing& packing = {});
+
+  TransformerLayerOptions options;
+  Attention self_attention = nullptr;
+  LayerNormMLP layernorm_mlp = nullptr;
+
+ private:
+  Tensor add(const Tensor& x, const Tensor& residual) const;
+};
+using TransformerLayer = Holder<TransformerLayerImpl, TransformerLayerOptions>;
+
+}  // namespace redline::layers
