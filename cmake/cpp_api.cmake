@@ -23,3 +23,6 @@ function(add_cpp_program name)
   set_target_properties(${name} PROPERTIES POSITION_INDEPENDENT_CODE OFF)
   target_precompile_headers(${name} REUSE_FROM redline)
 endfunction()
+
+add_cpp_program(train_gpt examples/cpp/adamw.cpp examples/cpp/json.cpp
+                examples/cpp/safetensors.cpp examples/cpp/train_gpt.cpp)
