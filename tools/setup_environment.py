@@ -4,8 +4,9 @@
     setup_environment.py runtime build test     makes or completes .venv
     setup_environment.py --check build          checks the interpreter that runs this file
 
-A group is complete when its stamp holds the hash of its requirements. A stamp is removed before
-pip starts and written after it ends, so that an interrupted set-up is never trusted.
+A group is complete when its stamp holds the hash of its requirements. While pip runs there is a
+mark; where it is left behind, pip was interrupted, perhaps in the middle of a package, and .venv is
+made anew.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ def digest(group: str) -> str:
 
 def is_complete(group: str) -> bool:
     stamp = stamps / group
-    return stamp.is_file() and stamp.read_text().strip() == digest(group)
+    if not stamp.is_file() or (stamps / "unfinished").exists():
+        return False
+    return stamp.read_text().strip() == digest(group)
 
 
 def check_python() -> None:
@@ -168,8 +171,8 @@ def run(command: list[str]) -> None:
 
 
 def install(groups: list[str]) -> None:
-    for group in groups:
-        (stamps / group).unlink(missing_ok=True)
+    unfinished = stamps / "unfinished"
+    unfinished.touch()
     files = [
         word for group in groups for word in ("-r", str(root / "requirements" / f"{group}.txt"))
     ]
@@ -186,6 +189,7 @@ def install(groups: list[str]) -> None:
         aside = stamps / f"{group}.part"
         aside.write_text(digest(group) + "\n")
         os.replace(aside, stamps / group)
+    unfinished.unlink()
 
 
 def tail(path: Path) -> str:
@@ -200,8 +204,9 @@ def set_up(groups: list[str]) -> None:
     if not missing:
         return
     check_python()
-    stamp = stamps / "venv"
-    if not stamp.is_file() or stamp.read_text() != sys.version + "\n":
+    made_with = stamps / "venv"
+    unfinished = (stamps / "unfinished").exists()
+    if unfinished or not made_with.is_file() or made_with.read_text() != sys.version + "\n":
         make_environment()
         missing = groups
     print(f"redline: setting up .venv ({', '.join(missing)}); this happens once", flush=True)
