@@ -19,13 +19,11 @@ void check_dtypes(const AdamWTensor& tensor) {
       is_floating(tensor.gradient_dtype) && (tensor.gradient_dtype == DType::float64) == wide, op,
       ": gradients: expected a dtype that goes with a parameter in ", dtype, ", not ",
       tensor.gradient_dtype);
-  for (const auto& [name, state] : {std::pair{"exp_avgs", tensor.exp_avg_dtype},
-                                    std::pair{"exp_avg_sqs", tensor.exp_avg_sq_dtype}}) {
-    const bool fits =
-        wide ? state == DType::float64 : state == DType::float32 || state == DType::bfloat16;
-    REDLINE_CHECK(fits, op, ": ", name, ": expected ", wide ? "float64" : "float32 or bfloat16",
-                  " beside a parameter in ", dtype, ", not ", state);
-  }
+  const DType average = tensor.average_dtype;
+  REDLINE_CHECK(
+      wide ? average == DType::float64 : average == DType::float32 || average == DType::bfloat16,
+      op, ": exp_avgs: expected ", wide ? "float64" : "float32 or bfloat16",
+      " beside a parameter in ", dtype, ", not ", average);
   REDLINE_CHECK(!tensor.master || element_bytes(dtype) == 2, op,
                 ": masters: expected none beside a parameter in ", dtype);
 }

@@ -23,8 +23,7 @@ struct AdamWTensor {
   int64_t count = 0;
   DType parameter_dtype = DType::float32;
   DType gradient_dtype = DType::float32;
-  DType exp_avg_dtype = DType::float32;  // float32 or bfloat16
-  DType exp_avg_sq_dtype = DType::float32;
+  DType average_dtype = DType::float32;  // of exp_avg and exp_avg_sq: float32 or bfloat16
 };
 
 // What all elements share: float64, on the device, computed once per step by it.

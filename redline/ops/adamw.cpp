@@ -51,6 +51,11 @@ void check_arguments(const AdamWLists& lists, const AdamWScalars& scalars) {
     TORCH_CHECK(lists.masters[i].scalar_type() == at::kFloat, op_name, ": masters[", i,
                 "]: expected Float, not ", lists.masters[i].scalar_type());
   }
+  for (size_t i = 0; i < lists.exp_avgs.size(); ++i) {
+    TORCH_CHECK(lists.exp_avgs[i].scalar_type() == lists.exp_avg_sqs[i].scalar_type(), op_name,
+                ": exp_avg_sqs[", i, "]: expected ", lists.exp_avgs[i].scalar_type(),
+                " as in exp_avgs, not ", lists.exp_avg_sqs[i].scalar_type());
+  }
   check_devices(op_name, lists.parameters[0],
                 {{"learning_rate", scalars.learning_rate},
                  {"step", scalars.step},
@@ -75,8 +80,7 @@ std::vector<AdamWTensor> flat_tensors(const AdamWLists& lists, DenseTensors& den
     tensor.count = like.numel();
     tensor.parameter_dtype = dtype_from(like.scalar_type());
     tensor.gradient_dtype = dtype_from(lists.gradients[i].scalar_type());
-    tensor.exp_avg_dtype = dtype_from(lists.exp_avgs[i].scalar_type());
-    tensor.exp_avg_sq_dtype = dtype_from(lists.exp_avg_sqs[i].scalar_type());
+    tensor.average_dtype = dtype_from(lists.exp_avgs[i].scalar_type());
   }
   return tensors;
 }

@@ -51,8 +51,8 @@ template <typename Acc>
 void update_elements(const AdamWStep& args, const AdamWTensor& tensor, Range elements) {
   const Factors<Acc> f = factors_of<Acc>(args);
   Block<Acc> gradient_block;
-  Updated<Acc> average{tensor.exp_avg, tensor.exp_avg_dtype, {}};
-  Updated<Acc> square{tensor.exp_avg_sq, tensor.exp_avg_sq_dtype, {}};
+  Updated<Acc> average{tensor.exp_avg, tensor.average_dtype, {}};
+  Updated<Acc> square{tensor.exp_avg_sq, tensor.average_dtype, {}};
   Updated<Acc> value{tensor.parameter, tensor.parameter_dtype, {}};
   if (tensor.master) value = {tensor.master, DType::float32, {}};
   for (int64_t offset = elements.begin; offset < elements.end; offset += block_size) {
