@@ -117,10 +117,13 @@ class Trainer:
     def step(self, tokens: Tensor, targets: Tensor) -> float:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.model(tokens, targets)
+        value = loss.item()
+        if not math.isfinite(value):  # before the step spreads it over every weight
+            return value
         loss.backward()
         self.clip(self.model.parameters(), MAX_NORM)
         self.optimizer.step()
-        return loss.item()
+        return value
 
 
 def make_model(variant: str, setup: Setup) -> nn.Module:

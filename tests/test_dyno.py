@@ -1,0 +1,342 @@
+"""The side-by-side job: its text, its measuring, its report, and what it says when it stops."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from redline.dyno import (
+    Options,
+    addresses,
+    job,
+    lap,
+    measure,
+    parts,
+    plots,
+    quiet,
+    report,
+    run,
+    stock,
+    text,
+)
+from redline.dyno.machine import Ceilings
+from redline.dyno.measure import DynoError
+from redline.dyno.part import Setting
+
+SHAPE = stock.Shape(
+    vocabulary=320, hidden=32, ffn=48, layers=1, heads=4, kv_heads=2, sequence=16, batch=2
+)
+CPU = torch.device("cpu")
+
+
+class StockTwice(lap.Trainer):
+    """Stock parts on both sides: what is tested is the lap, not the library."""
+
+    def __init__(self, variant, setup):
+        super().__init__("stock", setup)
+        self.variant = variant
+
+
+def make_setup(steps=4):
+    return lap.Setup(SHAPE, CPU, torch.float32, steps)
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return text.learn("a test", ["the quick brown fox jumps over the lazy dog. " * 60], 320)
+
+
+@pytest.fixture(scope="module")
+def finished(corpus):
+    batches = text.Batches(corpus, SHAPE.batch, SHAPE.sequence, 0)
+    return lap.run_lap(make_setup(), batches, lambda step: None, StockTwice)
+
+
+def make_row(**changes):
+    row = parts.Row("rms_norm", "forward+backward", "8 x 8", "float32", floor_bytes=1e6)
+    row.times = {"stock": [400.0, 420.0, 410.0], "tuned": [200.0, 210.0, 205.0]}
+    row.saved = {"stock": 2000, "tuned": 1000}
+    row.errors = {"stock": 1e-7, "tuned": 2e-7}
+    row.reasons = {"compiled": "this Python has no Python.h"}
+    for name, value in changes.items():
+        setattr(row, name, value)
+    row.hold_against(Ceilings(1e10, 1e11, "float32"))
+    return row
+
+
+@pytest.fixture
+def result(finished, corpus):
+    return report.Result(
+        machine={"device": "cpu", "allocator": "a test's"},
+        versions={"redline": "0", "commit": None, "command": "redline dyno <x>"},
+        ceilings=Ceilings(1e10, 1e11, "float32"),
+        rows=[make_row()],
+        lap=finished,
+        corpus=corpus,
+        addresses=addresses.Addresses("DeprecationWarning: moved", True),
+    )
+
+
+# The text.
+
+
+def test_default_text_is_the_standard_library():
+    name, documents = text.read_text(None)
+    assert "standard library" in name and sum(map(len, documents)) > 1 << 20
+
+
+def test_folder_skips_what_is_not_text(tmp_path):
+    (tmp_path / "a.txt").write_text("words")
+    (tmp_path / "b.bin").write_bytes(b"\0\1")
+    assert text.read_text(tmp_path)[1] == ["words"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file"), (b"", "is empty"), (b" \n", "is empty"), (b"a\0b", "not text")],
+)
+def test_bad_text_is_one_line(tmp_path, content, message):
+    path = tmp_path / "text"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DynoError, match=message) as raised:
+        text.read_text(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_short_text_is_refused(corpus):
+    with pytest.raises(DynoError, match="one sequence needs"):
+        text.Batches(corpus, 1, len(corpus.tokens), 0)
+
+
+def test_batches_depend_on_the_step_alone(corpus):
+    first, second = (text.Batches(corpus, 2, 8, 0) for _ in range(2))
+    assert torch.equal(first[3][0], second[3][0]) and not torch.equal(first[3][0], first[4][0])
+    tokens, targets = first[0]
+    assert torch.equal(tokens[:, 1:], targets[:, :-1])
+
+
+# Measuring.
+
+
+def test_saved_bytes_count_each_storage_once_and_no_weight():
+    x, w = torch.randn(64, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    assert measure.saved_bytes(lambda: (x * w) * x.exp(), [w]) == 3 * x.nbytes
+
+
+def test_peak_is_the_allocators():
+    def run_once():
+        big = torch.empty(1 << 20)
+        del big
+        return torch.empty(1 << 18)
+
+    with measure.quiet_profiler():
+        peak = measure.profiled(run_once, CPU).peak_bytes
+    assert 4 << 20 <= peak < 5 << 20
+
+
+def test_disturbed_rounds_are_dropped(monkeypatch):
+    verdicts = iter([False] * 3 + [True] * 1000)
+    monkeypatch.setattr(quiet.Watch, "ripe", property(lambda self: True))
+    monkeypatch.setattr(quiet.Watch, "was_quiet", lambda self: next(verdicts))
+    times = iter(range(10000))
+    monkeypatch.setattr(measure, "_cpu_us", lambda call: next(times))
+    timing = measure.interleave({"only": lambda: None}, CPU, 0.01)
+    assert timing.times["only"][:5] == [3, 4, 5, 6, 7] and not timing.disturbed
+
+
+def test_never_quiet_is_said(monkeypatch):
+    monkeypatch.setattr(quiet.Watch, "was_quiet", lambda self: False)
+    assert measure.interleave({"only": lambda: None}, CPU, 0.01).disturbed
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="no /proc/stat")
+def test_watch_sees_another_program(monkeypatch):
+    watch = quiet.Watch()
+    watch.free = 0  # as on a machine whose cores are all taken
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(0.3)
+        watch.restart()
+        time.sleep(0.5)
+        assert not watch.was_quiet() and watch.others > quiet.ALLOWED_CORES
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_compiler_missing_is_a_reason(monkeypatch, tmp_path):
+    monkeypatch.setattr(parts.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert parts.why_no_compiler(CPU) == "this Python has no Python.h"
+
+
+# The lap.
+
+
+def test_same_parts_give_the_same_losses(finished):
+    assert finished.max_loss_difference == 0.0 and finished.right
+    assert finished.sides["stock"].losses[0] == pytest.approx(5.77, abs=0.3)
+
+
+def test_a_difference_beyond_the_bound_is_wrong(finished):
+    sides = {v: lap.Side(list(finished.sides[v].losses)) for v in lap.VARIANTS}
+    sides["tuned"].losses[-1] += 2 * finished.bound
+    assert not lap.Lap(finished.setup, sides, finished.quiet, finished.bound).right
+
+
+def test_disturbed_lap_makes_no_claim(finished):
+    busy = lap.Lap(finished.setup, finished.sides, [False] * 4, finished.bound)
+    assert busy.disturbed and report.headlines(busy)[1].answer == "No claim"
+
+
+def test_tuned_state_groups_the_rows_of_qkv():
+    weight = torch.arange((4 + 2 + 2) * SHAPE.head_dim).float()[:, None]
+    q, k, v = weight.split([32, 16, 16])
+    expected = torch.cat([q[:16], k[:8], v[:8], q[16:], k[8:], v[8:]])
+    assert torch.equal(stock.grouped_qkv(weight, SHAPE), expected)
+
+
+def test_nan_names_the_first_part(corpus):
+    class Poisoned(StockTwice):
+        def step(self, tokens, targets):
+            norm = self.model.layers[0].mlp.norm
+            norm.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+            return super().step(tokens, targets)
+
+    batches = text.Batches(corpus, SHAPE.batch, SHAPE.sequence, 0)
+    with pytest.raises(DynoError, match=r"loss became nan at step 1: .*layers\.0\.mlp\.norm"):
+        lap.run_lap(make_setup(), batches, lambda step: None, Poisoned)
+
+
+# The report.
+
+
+def test_json_has_exactly_the_keys(result):
+    found = json.loads(json.dumps(result.as_dict(), allow_nan=False))
+    assert set(found) == {"machine", "versions", "ceilings", "parts", "lap"}
+    assert set(found["parts"][0]) == {
+        "name", "direction", "shape", "dtype", "stock_us", "compiled_us", "tuned_us", "spread",
+        "stock_saved_bytes", "compiled_saved_bytes", "tuned_saved_bytes", "stock_error",
+        "compiled_error", "tuned_error", "of_redline",
+    }  # fmt: skip
+    assert found["parts"][0]["compiled_us"] is None
+    assert found["parts"][0]["of_redline"] == pytest.approx(100 / 205)
+    assert set(found["lap"]) == {"stock", "tuned", "max_loss_difference", "bound"}
+    assert set(found["lap"]["tuned"]) == {"losses", "tokens_per_second", "peak_bytes"}
+
+
+def test_page_is_self_contained_and_themed(result):
+    page = report.render(result)
+    assert "prefers-color-scheme: dark" in page and "redline dyno &lt;x&gt;" in page
+    assert "no Python.h" in page and "DeprecationWarning: moved" in page
+    assert "src=" not in page and "@import" not in page and "<link" not in page
+    assert plots.LIGHT["tuned"] not in page[page.index("<body>") :]
+
+
+def test_disturbed_part_has_no_ratio(result):
+    result.rows = [make_row(disturbed=True)]
+    page = report.render(result)
+    assert "are no claim: rms_norm" in page and "2.00×" not in page
+
+
+def test_files_appear_together_or_not_at_all(result, tmp_path):
+    out = tmp_path / "out"
+    with report.aside(out) as folder:
+        report.write(result, folder)
+        assert [p.name for p in out.iterdir()] == [folder.name]
+    names = {p.name for p in out.iterdir()}
+    assert {"report.html", "dyno.json", "losses.png", "parts-dark.png"} <= names
+    assert not any(name.startswith(".") for name in names)
+
+
+def full_disk(result, folder):
+    (folder / "dyno.json").write_text("{")
+    raise OSError(28, "No space left on device")
+
+
+def interrupted(result, folder):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("write", "raised"), [(full_disk, DynoError), (interrupted, KeyboardInterrupt)]
+)
+def test_fault_leaves_the_old_report(tmp_path, write, raised):
+    (tmp_path / "dyno.json").write_text("old")
+    with pytest.raises(raised), report.aside(tmp_path) as folder:
+        write(None, folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["dyno.json"]
+    assert (tmp_path / "dyno.json").read_text() == "old"
+
+
+# The command.
+
+
+def redline(*arguments, **options):
+    source = Path(lap.__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(source)}
+    return subprocess.run(
+        [sys.executable, "-m", "redline", *map(str, arguments)],
+        capture_output=True, text=True, env=environment, timeout=120, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("dyno", "--dtype", "int3"), "--dtype: expected auto fp32"),
+        (("dyno", "--device", "tpu"), "--device: expected auto cpu cuda, not tpu"),
+        (("dyno", "--steps", "0"), "--steps: expected at least 1, not 0"),
+        (("dyno", "--steps", "many"), "--steps"),
+        (("dyno", "--text", "/no/such"), "no such file"),
+        (("dyno", "--bogus"), "No such option"),
+        (("bogus",), "No such command"),
+    ],
+)
+def test_bad_option_is_one_line(arguments, message, tmp_path):
+    done = redline(*arguments, cwd=tmp_path)
+    assert done.returncode not in (0, None) and message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):
+    from redline import cli
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "_measure", interrupt)
+    monkeypatch.setattr(sys, "argv", ["redline", "dyno", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "redline dyno: stopped by Ctrl-C; nothing was written\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_curves_apart_exit_non_zero(monkeypatch, result, tmp_path):
+    result.lap.sides["tuned"].losses[-1] += 1.0
+    try:
+        monkeypatch.setattr(job, "_measure", lambda *_: result)
+        assert run(Options(out=tmp_path)) == 1
+        assert (tmp_path / "report.html").exists()
+    finally:
+        result.lap.sides["tuned"].losses[-1] -= 1.0
+
+
+def test_bounds_are_those_of_the_document():
+    document = Path(__file__).parents[1] / "docs" / "numerics.md"
+    if not document.exists():
+        pytest.skip("docs/numerics.md is not written yet")
+    for bound in lap.BOUNDS.values():
+        assert f"{bound:g}" in document.read_text()
+
+
+def test_setting_has_whole_heads():
+    batch, sequence, heads, dim = Setting.for_device(CPU, torch.float32).heads_shape
+    assert batch * sequence == 4096 and heads * dim == 1024
