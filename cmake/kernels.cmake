@@ -6,9 +6,12 @@ target_compile_options(
 
 # One file per op, alphabetical: redline/kernels/<op>.cpp and redline/kernels/cpu/<op>.cpp.
 set(REDLINE_OPS
+    activation
     adamw
+    bias_dropout_add
     cross_entropy
     embedding
+    gated_activation
     gradient_norm
     norm
     rotary
@@ -44,9 +47,13 @@ add_cpu_kernels(avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c
 if(REDLINE_WITH_CUDA)
   # One file per op, or a folder of that name where one file outgrew 400 lines.
   set(REDLINE_CUDA_SOURCES
+      activation
       adamw
+      bias_dropout_add
       cross_entropy
       embedding
+      gated_activation/backward
+      gated_activation/forward
       gradient_norm
       norm/backward
       norm/forward

@@ -53,3 +53,48 @@ def rotary(x, cos, sin, positions, interleaved=False):
     pairs = (a * angle_cos - b * angle_sin, b * angle_cos + a * angle_sin)
     turned = torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
     return torch.cat([turned, rest], -1)
+_ACTIVATIONS = {
+    "gelu": lambda x: x / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    "gelu_erf": lambda x: x / 2 * torch.special.erfc(-x / 2**0.5),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": lambda x: x * torch.sigmoid(x),
+    "relu": torch.relu,
+    "squared_relu": lambda x: torch.relu(x).square(),
+}
+_GATES = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "quick_geglu": "quick_gelu"}
+
+
+def activation(x, bias=None, kind="gelu"):
+    return _ACTIVATIONS[kind](x if bias is None else x + bias)
+
+
+def gated_activation(
+    x, kind="swiglu", bias=None, row_scale=None, limit=7.0, alpha=1.702, linear_offset=1.0
+):
+    a, b = (x if bias is None else x + bias).chunk(2, -1)
+    if kind == "clamped_swiglu":
+        a, b = a.clamp(max=limit), b.clamp(-limit, limit) + linear_offset
+        y = a * torch.sigmoid(alpha * a) * b
+    else:
+        y = _ACTIVATIONS[_GATES[kind]](a) * b
+    return y if row_scale is None else y * row_scale[..., None]
+
+
+def bias_dropout_add(x, bias, residual, keep, probability):
+    """keep: the mask of the elements that stay."""
+    x = x if bias is None else x + bias
+    return residual + x * keep / (1 - probability)
+
+
+def philox(seed, offset, count):
+    """The first `count` numbers of Philox 4x32-10 in the layout of redline/core/philox.h."""
+    low = 0xFFFFFFFF
+    counter = torch.arange((count + 3) // 4)
+    c = [torch.full_like(counter, offset // 4 & low), torch.full_like(counter, offset // 4 >> 32)]
+    c += [counter & low, counter >> 32]
+    k0, k1 = seed & low, seed >> 32 & low
+    for _ in range(10):
+        p0, p1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [(p1 >> 32 & low) ^ c[1] ^ k0, p1 & low, (p0 >> 32 & low) ^ c[3] ^ k1, p0 & low]
+        k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
+    return torch.stack(c, -1).flatten()[:count]

@@ -61,4 +61,11 @@ void run_rows(const at::Tensor& like, const Args& args, int64_t rows, int64_t co
   parallel_ranges(rows, rows_per_task(cols), [&](Range range) { run(args, range); });
 }
 
+// As run_rows(), for kernels whose range counts elements.
+template <typename Args>
+void run_elements(const at::Tensor& like, const Args& args, int64_t elements) {
+  if (run_on_cuda(like, args)) return;
+  parallel_ranges(elements, 32768, [&](Range range) { run(args, range); });
+}
+
 }  // namespace redline::ops

@@ -52,20 +52,37 @@ inline TensorView view(const std::optional<at::Tensor>& tensor) {
   return tensor ? view(*tensor) : TensorView{};
 }
 
+// The distance of neighbouring rows, where the leading axes fold into one and the columns are
+// adjacent; nothing otherwise.
+inline std::optional<int64_t> row_stride(const at::Tensor& tensor) {
+  const int64_t axes = tensor.dim(), cols = tensor.size(-1);
+  if (tensor.is_contiguous()) return cols;
+  if (cols > 1 && tensor.stride(-1) != 1) return std::nullopt;
+  std::optional<int64_t> stride;
+  int64_t next = 0;  // the stride that the axis must have to fold into the ones behind it
+  for (int64_t i = axes - 2; i >= 0; --i) {
+    if (tensor.size(i) == 1) continue;
+    if (stride && tensor.stride(i) != next) return std::nullopt;
+    if (!stride) stride = tensor.stride(i);
+    next = tensor.stride(i) * tensor.size(i);
+  }
+  if (!stride) return cols;
+  return *stride >= cols ? stride : std::nullopt;  // overlapping rows are copied
+}
+
 // [rows, cols] with cols the last axis. The tensor must come from with_rows().
 inline TensorView view_rows(const at::Tensor& tensor) {
   if (!tensor.defined()) return {};
-  const int64_t cols = tensor.size(-1);
   TensorView result;
   result.data = tensor.data_ptr();
   result.dtype = dtype_from(tensor.scalar_type());
   result.rank = 2;
   result.present = true;
-  result.sizes[1] = cols;
+  result.sizes[1] = tensor.size(-1);
   result.sizes[0] = 1;
   for (int64_t i = 0; i < tensor.dim() - 1; ++i) result.sizes[0] *= tensor.size(i);
   result.strides[1] = 1;
-  result.strides[0] = tensor.dim() == 2 ? tensor.stride(0) : cols;
+  result.strides[0] = row_stride(tensor).value_or(result.sizes[1]);
   return result;
 }
 
@@ -73,13 +90,24 @@ inline TensorView view_rows(const std::optional<at::Tensor>& tensor) {
   return tensor ? view_rows(*tensor) : TensorView{};
 }
 
-// The tensor itself where view_rows() can describe it (contiguous, or a matrix with adjacent
-// columns); otherwise a contiguous copy. Symbolic sizes are never asked for: call it in run().
+// A contiguous tensor as one row of all its elements.
+inline TensorView view_flat(const at::Tensor& tensor) {
+  TensorView result;
+  result.data = tensor.data_ptr();
+  result.dtype = dtype_from(tensor.scalar_type());
+  result.rank = 2;
+  result.present = true;
+  result.sizes[0] = 1;
+  result.sizes[1] = tensor.numel();
+  result.strides[0] = tensor.numel();
+  result.strides[1] = 1;
+  return result;
+}
+
+// The tensor itself where view_rows() can describe it, otherwise a contiguous copy. Symbolic sizes
+// are never asked for: call it in run().
 inline at::Tensor with_rows(const at::Tensor& tensor) {
-  if (!tensor.defined() || tensor.is_contiguous()) return tensor;
-  const bool matrix =
-      tensor.dim() == 2 && tensor.stride(1) == 1 && tensor.stride(0) >= tensor.size(1);
-  return matrix ? tensor : tensor.contiguous();
+  return !tensor.defined() || row_stride(tensor) ? tensor : tensor.contiguous();
 }
 
 inline std::optional<at::Tensor> with_rows(const std::optional<at::Tensor>& tensor) {

@@ -4,15 +4,22 @@ Each works on CPU and CUDA tensors, is differentiable, traces under ``torch.comp
 ``torch.export``, and gives the same bits on every run.
 """
 
+from redline.ops.activation import activation
+from redline.ops.bias_dropout_add import bias_dropout_add
 from redline.ops.cross_entropy import cross_entropy
 from redline.ops.embedding import embedding
+from redline.ops.gated_activation import gated_activation, gated_activation_pair
 from redline.ops.norm import layer_norm, residual_layer_norm, residual_rms_norm, rms_norm
 from redline.ops.rotary import qkv_rotary, rotary
 from redline.ops.softmax import softmax
 
 __all__ = [
+    "activation",
+    "bias_dropout_add",
     "cross_entropy",
     "embedding",
+    "gated_activation",
+    "gated_activation_pair",
     "layer_norm",
     "qkv_rotary",
     "residual_layer_norm",

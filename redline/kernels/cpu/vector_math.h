@@ -11,10 +11,12 @@ namespace {
 // Lane by lane: mask is all ones or all zeros, as comparisons give it.
 template <typename V, typename M>
 REDLINE_INLINE V select(M mask, V yes, V no) {
-  const M yes_bits = reinterpret_cast<M>(yes);
-  const M no_bits = reinterpret_cast<M>(no);
-  return reinterpret_cast<V>((yes_bits & mask) | (no_bits & ~mask));
+  return mask ? yes : no;
 }
+
+// `value` in the element type of the vector, for products with it.
+REDLINE_INLINE float element_of(Float32s, double value) { return static_cast<float>(value); }
+REDLINE_INLINE double element_of(Float64s, double value) { return value; }
 
 template <typename Function>
 REDLINE_INLINE Float64s each_lane(Float64s x, Function function) {
@@ -90,6 +92,33 @@ REDLINE_INLINE Float32s sqrt(Float32s x) {
 }
 REDLINE_INLINE Float64s sqrt(Float64s x) {
   return each_lane(x, [](double v) { return ::sqrt(v); });
+}
+
+// P(x) = erfc(-x / sqrt(2)) / 2, the normal distribution, and its density e^(-x^2 / 2) / sqrt(2
+// pi). P(-|x|) = e^(-x^2 / 2) t q(t), t = 1 / (1 + 0.24 |x|): q is a fit of degree 9 around t = 1 /
+// 2 with a relative error of 3.2e-9 for |x| <= 14.5, where P underflows.
+REDLINE_INLINE Float32s normal_cdf(Float32s x, Float32s& density) {
+  const Float32s magnitude = reinterpret_cast<Float32s>(reinterpret_cast<UInt32s>(x) & 0x7fffffffu);
+  const Float32s e = exp(x * x * -0.5f);
+  const Float32s t = 1.0f / (1.0f + 0.24f * magnitude);
+  const Float32s s = t - 0.5f;
+  Float32s q = broadcast(0.0255180486f);
+  q = q * s - 0.00975879841f;
+  q = q * s - 0.0633387938f;
+  q = q * s - 0.0295283496f;
+  q = q * s + 0.115966164f;
+  q = q * s + 0.294963121f;
+  q = q * s + 0.401898354f;
+  q = q * s + 0.391866803f;
+  q = q * s + 0.297425389f;
+  q = q * s + 0.181968674f;
+  const Float32s tail = e * (t * q);
+  density = e * 0.398942280401432678f;
+  return select(x < 0, tail, 1.0f - tail);
+}
+REDLINE_INLINE Float64s normal_cdf(Float64s x, Float64s& density) {
+  density = exp(-0.5 * x * x) * 0.398942280401432678;
+  return each_lane(x, [](double v) { return 0.5 * ::erfc(-0.707106781186547524 * v); });
 }
 
 }  // namespace

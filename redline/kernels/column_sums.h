@@ -1,0 +1,50 @@
+// Sums over rows, such as a bias's gradient, in an order that the shape fixes: the rows fall into
+// chunks, chunk k holding the rows [k, k + 1) * ceil(rows / chunks); each chunk is added row by row
+// into its row of `partial`, and the chunks are added in index order.
+#pragma once
+
+#include <algorithm>
+
+#include "redline/core/tensor_view.h"
+
+namespace redline {
+
+struct ColumnSums {
+  TensorView partial;  // [chunks, cols] accumulation dtype, workspace; present with total
+  TensorView total;    // [cols], out, optional
+};
+
+inline Range chunk_rows(int64_t rows, int64_t chunks, int64_t chunk) {
+  const int64_t count = (rows + chunks - 1) / chunks;
+  const int64_t begin = std::min(rows, chunk * count);
+  return {begin, std::min(rows, begin + count)};
+}
+
+inline void check_column_sums(const char* op, const char* tensor, const ColumnSums& sums,
+                              int64_t cols, DType accumulation) {
+  if (!sums.total) return;
+  check_vector(op, tensor, sums.total, cols);
+  REDLINE_CHECK(sums.partial.rank == 2 && sums.partial.sizes[1] == cols &&
+                    sums.partial.dtype == accumulation,
+                op, ": ", tensor, ": expected partial sums [chunks, ", cols, "] ", accumulation,
+                ", not ", sums.partial);
+}
+
+// How many chunks the rows fall into: a function of the shape alone.
+namespace cpu {
+// 16 chunks keep the partial sums small beside x; 64 rows keep the last, serial sum short.
+inline int64_t column_chunks(int64_t rows, int64_t) {
+  return std::clamp<int64_t>(rows / 64, 1, 16);
+}
+}  // namespace cpu
+namespace cuda {
+// About eight blocks of 256 columns for each of the 132 multiprocessors of an H100, and 32 rows or
+// more for each; constants, not questions to the device: the order of the sum must not change from
+// one GPU to the next.
+inline int64_t column_chunks(int64_t rows, int64_t cols) {
+  const int64_t most = std::max<int64_t>(1, 132 * 8 * 256 / std::max<int64_t>(256, cols));
+  return std::clamp<int64_t>(rows / 32, 1, most);
+}
+}  // namespace cuda
+
+}  // namespace redline

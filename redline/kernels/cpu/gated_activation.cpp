@@ -1,0 +1,210 @@
+// One pass: each block of a row is read, widened where it is 16-bit, computed and written. The
+// bias's gradient is added up in a [2 * cols] row of the workspace on the way.
+#include "redline/kernels/cpu/gated_activation.h"
+
+#include "redline/kernels/cpu/column_sums.h"
+#include "redline/kernels/cpu/elements.h"
+#include "redline/kernels/cpu/nonlinearity.h"
+
+namespace redline::cpu::REDLINE_ISA {
+namespace {
+
+// f(a) by a nonlinearity without parameters; nothing is clamped.
+template <typename Acc, typename Function>
+struct Plain {
+  using V = Vector<Acc>;
+  explicit Plain(const GatedActivationKind&) {}
+  REDLINE_INLINE V gate(V a) const { return Function::value(a); }
+  REDLINE_INLINE void derive(V a, V& value, V& derivative) const {
+    Function::derive(a, value, derivative);
+  }
+  REDLINE_INLINE V linear(V b) const { return b; }
+  REDLINE_INLINE V linear_gradient(V, V gradient) const { return gradient; }
+};
+
+template <typename Acc>
+struct ClampedSwiglu {
+  using V = Vector<Acc>;
+  Acc limit, alpha, offset;
+
+  explicit ClampedSwiglu(const GatedActivationKind& kind)
+      : limit(static_cast<Acc>(kind.limit)),
+        alpha(static_cast<Acc>(kind.alpha)),
+        offset(static_cast<Acc>(kind.linear_offset)) {}
+  REDLINE_INLINE V at_most(V v, V most) const { return select(v > most, most, v); }
+  REDLINE_INLINE V gate(V a) const { return swish(at_most(a, V{} + limit), alpha); }
+  REDLINE_INLINE void derive(V a, V& value, V& derivative) const {
+    derive_swish(at_most(a, V{} + limit), alpha, value, derivative);
+    derivative = select(a > limit, V{}, derivative);
+  }
+  REDLINE_INLINE V linear(V b) const {
+    const V clamped = at_most(b, V{} + limit);
+    return select(clamped < -limit, V{} - limit, clamped) + offset;
+  }
+  REDLINE_INLINE V linear_gradient(V b, V gradient) const {
+    return select(b > limit, V{}, select(b < -limit, V{}, gradient));
+  }
+};
+
+// gate + bias[:cols] and linear + bias[cols:] of one block of a row.
+template <typename Acc>
+struct Inputs {
+  Block<Acc> gate_block, linear_block, gate_bias_block, linear_bias_block;
+  const Acc *gate, *linear, *gate_bias, *linear_bias;
+
+  template <typename Args>
+  REDLINE_INLINE void read_block(const Args& args, int64_t row, int64_t col, int count) {
+    gate = RowReader<Acc>{args.gate, row, gate_block}(col, count);
+    linear = RowReader<Acc>{args.linear, row, linear_block}(col, count);
+    gate_bias = read_optional(args.bias, col, count, gate_bias_block);
+    linear_bias = read_optional(args.bias, args.gate.sizes[1] + col, count, linear_bias_block);
+  }
+  REDLINE_INLINE Vector<Acc> a(int i, int n) const {
+    const Vector<Acc> v = load(gate + i, n);
+    return gate_bias ? v + load(gate_bias + i, n) : v;
+  }
+  REDLINE_INLINE Vector<Acc> b(int i, int n) const {
+    const Vector<Acc> v = load(linear + i, n);
+    return linear_bias ? v + load(linear_bias + i, n) : v;
+  }
+};
+
+template <typename Acc>
+Acc row_scale_of(const TensorView& row_scale, int64_t row) {
+  Block<Acc> block;
+  return row_scale ? *read<Acc>(row_scale.data, row_scale.dtype, row, 1, block) : 1;
+}
+
+template <typename Kind, typename Acc>
+void forward_rows(const GatedActivationForward& args, Range rows) {
+  const Kind kind(args.activation);
+  const int64_t counted = counted_rows(args.row_count, args.gate.sizes[0]);
+  Inputs<Acc> in;
+  Block<Acc> y_block;
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    if (row >= counted) {
+      write_zeros(args.y, row);
+      continue;
+    }
+    const Acc scale = row_scale_of<Acc>(args.row_scale, row);
+    for_blocks(args.gate.sizes[1], [&](int64_t col, int count) {
+      in.read_block(args, row, col, count);
+      RowWriter<Acc> y(args.y, row, col, y_block);
+      for_vectors<Acc>(count, [&](int i, int n) {
+        store(y.values + i, kind.gate(in.a(i, n)) * kind.linear(in.b(i, n)) * scale, n);
+      });
+      y.finish(count);
+    });
+  }
+}
+
+template <typename Kind, typename Acc>
+struct Backward {
+  const GatedActivationBackward& args;
+  const Kind kind;
+  Acc* gate_sums;  // [cols] each, of the chunk; null where no bias gradient is wanted
+  Acc* linear_sums;
+  Inputs<Acc> in;
+  Block<Acc> y_grad_block, gate_grad_block, linear_grad_block;
+
+  Backward(const GatedActivationBackward& args, int64_t chunk)
+      : args(args),
+        kind(args.activation),
+        gate_sums(begin_chunk<Acc>(args.bias_grad, chunk)),
+        linear_sums(gate_sums ? gate_sums + args.gate.sizes[1] : nullptr) {}
+
+  // Returns the block's part of row_scale_grad.
+  REDLINE_INLINE Acc run_block(int64_t row, int64_t col, int count, Acc scale) {
+    in.read_block(args, row, col, count);
+    const Acc* y_grad = RowReader<Acc>{args.y_grad, row, y_grad_block}(col, count);
+    RowWriter<Acc> gate_grad(args.gate_grad, row, col, gate_grad_block);
+    RowWriter<Acc> linear_grad(args.linear_grad, row, col, linear_grad_block);
+    const Acc total = sum<Acc>(count, [&](int i, int n) {
+      const Vector<Acc> g = load(y_grad + i, n), b = in.b(i, n), linear = kind.linear(b);
+      Vector<Acc> value, derivative;
+      kind.derive(in.a(i, n), value, derivative);
+      const Vector<Acc> scaled = g * scale;
+      const Vector<Acc> to_gate = scaled * linear * derivative;
+      const Vector<Acc> to_linear = kind.linear_gradient(b, scaled * value);
+      store(gate_grad.values + i, to_gate, n);
+      store(linear_grad.values + i, to_linear, n);
+      if (gate_sums) {
+        add_to(gate_sums + col + i, to_gate, n);
+        add_to(linear_sums + col + i, to_linear, n);
+      }
+      return g * value * linear;  // zero past n: y_grad is
+    });
+    gate_grad.finish(count);
+    linear_grad.finish(count);
+    return total;
+  }
+
+  void store_row_scale_grad(int64_t row, Acc value) {
+    if (!args.row_scale_grad) return;
+    const TensorView& grad = args.row_scale_grad;
+    *begin_write(grad.data, grad.dtype, row, y_grad_block) = value;
+    finish_write(grad.data, grad.dtype, row, 1, y_grad_block);
+  }
+
+  void run_rows(Range rows) {
+    const int64_t counted = counted_rows(args.row_count, args.gate.sizes[0]);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      Acc total = 0;
+      if (row >= counted) {
+        write_zeros(args.gate_grad, row);
+        write_zeros(args.linear_grad, row);
+      } else {
+        const Acc scale = row_scale_of<Acc>(args.row_scale, row);
+        for_blocks(args.gate.sizes[1],
+                   [&](int64_t col, int count) { total += run_block(row, col, count, scale); });
+      }
+      store_row_scale_grad(row, total);
+    }
+  }
+};
+
+// Calls visit.operator()<Kind, Acc>().
+template <typename Acc, typename Visit>
+void visit_kind(GatedActivation kind, Visit visit) {
+  switch (kind) {
+    case GatedActivation::swiglu:
+      return visit.template operator()<Plain<Acc, Silu>, Acc>();
+    case GatedActivation::geglu:
+      return visit.template operator()<Plain<Acc, Gelu>, Acc>();
+    case GatedActivation::reglu:
+      return visit.template operator()<Plain<Acc, Relu>, Acc>();
+    case GatedActivation::quick_geglu:
+      return visit.template operator()<Plain<Acc, QuickGelu>, Acc>();
+    case GatedActivation::clamped_swiglu:
+      return visit.template operator()<ClampedSwiglu<Acc>, Acc>();
+  }
+}
+
+template <typename Args, typename Visit>
+void visit_kind(const Args& args, Visit visit) {
+  if (args.gate.dtype == DType::float64) {
+    visit_kind<double>(args.activation.kind, visit);
+  } else {
+    visit_kind<float>(args.activation.kind, visit);
+  }
+}
+
+void forward(const GatedActivationForward& args, Range rows) {
+  visit_kind(args, [&]<typename Kind, typename Acc>() { forward_rows<Kind, Acc>(args, rows); });
+}
+
+void backward(const GatedActivationBackward& args, int64_t chunk, Range rows) {
+  visit_kind(args, [&]<typename Kind, typename Acc>() {
+    Backward<Kind, Acc>(args, chunk).run_rows(rows);
+  });
+}
+
+void finish(const GatedActivationBackward& args, Range cols) {
+  finish_columns(args.bias_grad, cols);
+}
+
+}  // namespace
+
+extern const GatedActivationKernels gated_activation_kernels = {forward, backward, finish};
+
+}  // namespace redline::cpu::REDLINE_ISA

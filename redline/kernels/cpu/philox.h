@@ -1,0 +1,88 @@
+// Philox 4x32-10 by vectors of counters (core/philox.h), for the per-instruction-set sources.
+#pragma once
+
+#include "redline/core/philox.h"
+#include "redline/kernels/cpu/block.h"
+#include "redline/kernels/cpu/vector_math.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace redline::cpu::REDLINE_ISA {
+namespace {
+
+// One 32-bit word of a counter per 64-bit lane; the upper halves hold anything.
+typedef uint64_t UInt64s __attribute__((vector_size(vector_bytes)));
+
+// Lower half of each lane times `factor`, 64 bits.
+REDLINE_INLINE UInt64s multiply_words(UInt64s words, uint32_t factor) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<UInt64s>(
+      _mm512_mul_epu32(reinterpret_cast<__m512i>(words), _mm512_set1_epi64(factor)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<UInt64s>(
+      _mm256_mul_epu32(reinterpret_cast<__m256i>(words), _mm256_set1_epi64x(factor)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<UInt64s>(
+      _mm_mul_epu32(reinterpret_cast<__m128i>(words), _mm_set1_epi64x(factor)));
+#else
+  return (words & 0xffffffffu) * factor;
+#endif
+}
+
+constexpr int counters_at_once = lanes<double>;
+
+// 4 numbers for each of the counters [first, first + counters_at_once), in order, into `to`.
+REDLINE_INLINE void draw(int64_t seed, int64_t offset, uint64_t first, uint32_t* to) {
+  UInt64s index{};
+  for (int i = 0; i < counters_at_once; ++i) index[i] = first + static_cast<uint64_t>(i);
+  const uint64_t step = static_cast<uint64_t>(offset) / 4;
+  UInt64s c0 = UInt64s{} + step, c1 = UInt64s{} + (step >> 32), c2 = index, c3 = index >> 32;
+  uint32_t k0 = static_cast<uint32_t>(seed);
+  uint32_t k1 = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
+  for (int round = 0; round < philox::rounds; ++round) {
+    const UInt64s p0 = multiply_words(c0, philox::multiplier_0);
+    const UInt64s p1 = multiply_words(c2, philox::multiplier_1);
+    c0 = (p1 >> 32) ^ c1 ^ k0;
+    c2 = (p0 >> 32) ^ c3 ^ k1;
+    c1 = p1;
+    c3 = p0;
+    k0 += philox::weyl_0;
+    k1 += philox::weyl_1;
+  }
+  const UInt64s low = (c0 & 0xffffffffu) | (c1 << 32), high = (c2 & 0xffffffffu) | (c3 << 32);
+  for (int i = 0; i < counters_at_once; ++i) {
+    memcpy(to + 4 * i, reinterpret_cast<const char*>(&low) + 8 * i, 8);
+    memcpy(to + 4 * i + 2, reinterpret_cast<const char*>(&high) + 8 * i, 8);
+  }
+}
+
+// What dropout multiplies each of `count` elements from `element` on by: `scale`, or 0 where the
+// element is dropped.
+template <typename Acc>
+struct DropoutBlock {
+  alignas(64) uint32_t numbers[block_size + 4 * (counters_at_once + 1)];
+  Block<Acc> factors;
+
+  const Acc* fill(const PhiloxState& state, int64_t element, int count, double probability) {
+    const int skip = static_cast<int>(element % 4);
+    for (int i = 0; i < skip + count; i += 4 * counters_at_once) {
+      draw(state.seed, state.offset, static_cast<uint64_t>(element + i - skip) / 4, numbers + i);
+    }
+    const uint32_t threshold = philox::drop_threshold(probability);
+    const Acc scale = static_cast<Acc>(philox::keep_scale(probability));
+    const uint32_t* from = numbers + skip;
+    for (int i = 0; i < count; ++i) factors.values[i] = from[i] < threshold ? 0 : scale;
+    return factors.values;
+  }
+};
+
+// Exactly zero where the element is dropped, whatever it holds.
+template <typename Acc>
+REDLINE_INLINE Vector<Acc> drop(Vector<Acc> v, Vector<Acc> factor) {
+  return select(factor == 0, Vector<Acc>{}, v * factor);
+}
+
+}  // namespace
+}  // namespace redline::cpu::REDLINE_ISA

@@ -1,0 +1,138 @@
+// y = f(x + bias) (kernels/activation.h). Every thread has a few 16-byte vectors with all their
+// loads in flight; backward with a bias walks down the rows of a chunk and keeps the bias's
+// gradient in registers. Bound by bytes; of the floor: bench/results.
+#include "redline/core/dispatch.h"
+#include "redline/kernels/activation.h"
+#include "redline/kernels/cuda/device/nonlinearity.cuh"
+#include "redline/kernels/cuda/elements.cuh"
+
+namespace redline {
+namespace cuda {
+namespace {
+
+// What both directions know.
+struct Common {
+  Extent extent;
+  Matrix x, bias;
+  bool aligned;
+};
+
+template <typename T>
+__device__ __forceinline__ void add_bias(const Common& args, const Place& at,
+                                         const Packed<T>& packed, float (&x)[vector_size<T>]) {
+  float bias[vector_size<T>] = {};
+  if (args.bias.data != nullptr) {
+    load_mixed<T>(args.bias.data, args.bias.is_float32, 0, at.col, at.end, args.aligned, bias);
+  }
+#pragma unroll
+  for (int i = 0; i < vector_size<T>; ++i) x[i] = to_float(packed.values[i]) + bias[i];
+}
+
+template <typename T, typename Function>
+struct Forward : Common {
+  static constexpr int size = vector_size<T>, in_flight = 4;
+  using Input = Packed<T>;
+  Matrix y;
+
+  __device__ __forceinline__ Input load(const Place& at) const {
+    return cuda::load(x.row<const T>(at.row), at.col, at.end, aligned);
+  }
+  __device__ __forceinline__ void run(const Place& at, const Input& in) const {
+    float values[size];
+    add_bias<T>(*this, at, in, values);
+#pragma unroll
+    for (int i = 0; i < size; ++i) values[i] = Function::value(values[i]);
+    store(y.row<T>(at.row), at.col, at.end, aligned, pack<T>(values));
+  }
+};
+
+template <typename T, typename Function>
+struct Backward : Common {
+  static constexpr int size = vector_size<T>, in_flight = 2, sums = 1;
+  struct Input {
+    Packed<T> x, y_grad;
+  };
+  Matrix y_grad, x_grad;
+
+  __device__ __forceinline__ Input load(const Place& at) const {
+    return {cuda::load(x.row<const T>(at.row), at.col, at.end, aligned),
+            cuda::load(y_grad.row<const T>(at.row), at.col, at.end, aligned)};
+  }
+  __device__ __forceinline__ void gradient(const Place& at, const Input& in,
+                                           float (&result)[size]) const {
+    float values[size];
+    add_bias<T>(*this, at, in.x, values);
+#pragma unroll
+    for (int i = 0; i < size; ++i) {
+      float value, derivative;
+      Function::derive(values[i], value, derivative);
+      result[i] = to_float(in.y_grad.values[i]) * derivative;
+    }
+    store(x_grad.row<T>(at.row), at.col, at.end, aligned, pack<T>(result));
+  }
+  __device__ __forceinline__ void run(const Place& at, const Input& in) const {
+    float result[size];
+    gradient(at, in, result);
+  }
+  __device__ __forceinline__ void run(const Place& at, const Input& in,
+                                      float (&totals)[sums][size]) const {
+    float result[size];
+    gradient(at, in, result);
+#pragma unroll
+    for (int i = 0; i < size; ++i) totals[0][i] += result[i];
+  }
+};
+
+// Calls visit.operator()<T, Function>().
+template <typename Visit>
+void visit_kind(Activation kind, DType dtype, Visit visit) {
+  visit_dtype<float, bfloat16, float16>("activation", dtype, [&]<typename Host>() {
+    using T = device_type<Host>;
+    switch (kind) {
+      case Activation::gelu:
+        return visit.template operator()<T, Gelu>();
+      case Activation::gelu_erf:
+        return visit.template operator()<T, GeluErf>();
+      case Activation::quick_gelu:
+        return visit.template operator()<T, QuickGelu>();
+      case Activation::silu:
+        return visit.template operator()<T, Silu>();
+      case Activation::relu:
+        return visit.template operator()<T, Relu>();
+      case Activation::squared_relu:
+        return visit.template operator()<T, SquaredRelu>();
+    }
+  });
+}
+
+}  // namespace
+}  // namespace cuda
+
+void run(const ActivationForward& args, Stream stream) {
+  using namespace cuda;
+  const bool flat = is_flat(args.x) && !args.bias;
+  const bool aligned = is_aligned_or_flat(flat, {&args.x, &args.bias, &args.y});
+  visit_kind(args.kind, args.x.dtype, [&]<typename T, typename Function>() {
+    const Common common = {extent("activation", args.x, vector_size<T>, flat), matrix(args.x, flat),
+                           matrix(args.bias, false), aligned};
+    launch_elements(Forward<T, Function>{common, matrix(args.y, flat)}, stream);
+  });
+}
+
+void run(const ActivationBackward& args, Stream stream) {
+  using namespace cuda;
+  const bool flat = is_flat(args.x) && !args.bias;
+  const bool aligned = is_aligned_or_flat(flat, {&args.x, &args.bias, &args.y_grad, &args.x_grad});
+  visit_kind(args.kind, args.x.dtype, [&]<typename T, typename Function>() {
+    const Common common = {extent("activation", args.x, vector_size<T>, flat), matrix(args.x, flat),
+                           matrix(args.bias, false), aligned};
+    const Backward<T, Function> op{common, matrix(args.y_grad, flat), matrix(args.x_grad, flat)};
+    if (args.bias_grad.total) {
+      launch_columns(op, args.bias_grad, stream);
+    } else {
+      launch_elements(op, stream);
+    }
+  });
+}
+
+}  // namespace redline

@@ -1,0 +1,169 @@
+// y = residual + dropout(x + bias) (kernels/bias_dropout_add.h). Every thread has two vectors with
+// all loads in flight and draws their numbers while they come; backward with a bias walks down the
+// rows of a chunk. Bound by bytes; of the floor: bench/results.
+#include "redline/core/dispatch.h"
+#include "redline/kernels/bias_dropout_add.h"
+#include "redline/kernels/cuda/device/philox.cuh"
+#include "redline/kernels/cuda/elements.cuh"
+
+namespace redline {
+namespace cuda {
+namespace {
+
+// What both directions know of the random numbers.
+struct Dropout {
+  PhiloxState state;
+  bool random;
+  uint32_t threshold;
+  float scale;
+  int64_t cols;  // of the matrix that the elements are counted in
+
+  __device__ __forceinline__ PhiloxKey key() const {
+    uint64_t seed = state.seed, offset = state.offset;
+    if (state.seed_pointer != nullptr) seed = *state.seed_pointer;
+    if (state.offset_pointer != nullptr) offset += *state.offset_pointer;
+    return {seed, offset};
+  }
+  // Exactly zero where the element is dropped, whatever it holds.
+  template <int N>
+  __device__ __forceinline__ void apply(const Place& at, float (&values)[N]) const {
+    if (!random) return;
+    uint32_t numbers[N];
+    draw(key(), static_cast<uint64_t>(at.row * cols + at.col), numbers);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      values[i] = numbers[i] < threshold || scale == 0.0f ? 0.0f : values[i] * scale;
+    }
+  }
+};
+
+Dropout dropout(const PhiloxState& state, bool random, double probability, const Extent& extent) {
+  return {state, random, philox::drop_threshold(probability),
+          static_cast<float>(philox::keep_scale(probability)), extent.cols};
+}
+
+template <typename T>
+struct Forward {
+  static constexpr int size = vector_size<T>, in_flight = 2;
+  struct Input {
+    Packed<T> x;
+    float residual[size];
+  };
+  Extent extent;
+  Dropout dropout;
+  Matrix x, bias, residual, y;
+  int64_t* rng_state;
+  bool aligned;
+
+  __device__ __forceinline__ Input load(const Place& at) const {
+    Input in;
+    in.x = cuda::load(x.row<const T>(at.row), at.col, at.end, aligned);
+    load_mixed<T>(residual.data, residual.is_float32, at.row * residual.stride, at.col, at.end,
+                  aligned, in.residual);
+    return in;
+  }
+  __device__ __forceinline__ void run(const Place& at, const Input& in) const {
+    float values[size], added[size] = {};
+    if (bias.data != nullptr) {
+      load_mixed<T>(bias.data, bias.is_float32, 0, at.col, at.end, aligned, added);
+    }
+#pragma unroll
+    for (int i = 0; i < size; ++i) values[i] = to_float(in.x.values[i]) + added[i];
+    dropout.apply(at, values);
+#pragma unroll
+    for (int i = 0; i < size; ++i) values[i] += in.residual[i];
+    store_mixed<T>(y.data, y.is_float32, at.row * y.stride, at.col, at.end, aligned, values);
+    if (rng_state != nullptr && at.row == 0 && at.col == 0) store_state();
+  }
+  __device__ __forceinline__ void store_state() const {
+    const PhiloxKey key = dropout.key();
+    rng_state[0] = static_cast<int64_t>(key.seed);
+    rng_state[1] = static_cast<int64_t>(key.offset);
+  }
+};
+
+// Of an empty matrix: no thread has element 0.
+template <typename T>
+__global__ void state_kernel(const Forward<T> op) {
+  op.store_state();
+}
+
+template <typename T>
+struct Backward {
+  static constexpr int size = vector_size<T>, in_flight = 4, sums = 1;
+  struct Input {
+    float y_grad[size];
+  };
+  Extent extent;
+  Dropout dropout;
+  Matrix y_grad, x_grad;
+  bool aligned;
+
+  __device__ __forceinline__ Input load(const Place& at) const {
+    Input in;
+    load_mixed<T>(y_grad.data, y_grad.is_float32, at.row * y_grad.stride, at.col, at.end, aligned,
+                  in.y_grad);
+    return in;
+  }
+  __device__ __forceinline__ void run(const Place& at, Input in) const {
+    dropout.apply(at, in.y_grad);
+    store(x_grad.row<T>(at.row), at.col, at.end, aligned, pack<T>(in.y_grad));
+  }
+  __device__ __forceinline__ void run(const Place& at, Input in,
+                                      float (&totals)[sums][size]) const {
+    dropout.apply(at, in.y_grad);
+    store(x_grad.row<T>(at.row), at.col, at.end, aligned, pack<T>(in.y_grad));
+#pragma unroll
+    for (int i = 0; i < size; ++i) totals[0][i] += in.y_grad[i];
+  }
+};
+
+}  // namespace
+}  // namespace cuda
+
+void run(const BiasDropoutAddForward& args, Stream stream) {
+  using namespace cuda;
+  const bool flat = is_flat(args.x) && !args.bias;
+  const bool random = static_cast<bool>(args.rng_state);
+  const bool aligned = is_aligned_or_flat(flat, {&args.x, &args.bias, &args.residual, &args.y});
+  visit_dtype<float, bfloat16, float16>("bias_dropout_add", args.x.dtype, [&]<typename Host>() {
+    using T = device_type<Host>;
+    const Extent size = extent("bias_dropout_add", args.x, vector_size<T>, flat);
+    const Forward<T> op = {size,
+                           dropout(args.philox, random, args.probability, size),
+                           matrix(args.x, flat),
+                           matrix(args.bias, false),
+                           matrix(args.residual, flat),
+                           matrix(args.y, flat),
+                           args.rng_state.as<int64_t>(),
+                           aligned};
+    launch_elements(op, stream);
+    if (random && size.elements == 0) {
+      launch(state_kernel<T>, {.grid = dim3(1), .block = dim3(1), .stream = stream}, op);
+    }
+  });
+}
+
+void run(const BiasDropoutAddBackward& args, Stream stream) {
+  using namespace cuda;
+  const bool flat = is_flat(args.x_grad) && !args.bias_grad.total;
+  const bool random = static_cast<bool>(args.rng_state);
+  const bool aligned = is_aligned_or_flat(flat, {&args.y_grad, &args.x_grad});
+  const int64_t* state = args.rng_state.as<const int64_t>();
+  const PhiloxState philox = {.seed_pointer = state,
+                              .offset_pointer = random ? state + 1 : nullptr};
+  visit_dtype<float, bfloat16, float16>(
+      "bias_dropout_add", args.x_grad.dtype, [&]<typename Host>() {
+        using T = device_type<Host>;
+        const Extent size = extent("bias_dropout_add", args.x_grad, vector_size<T>, flat);
+        const Backward<T> op = {size, dropout(philox, random, args.probability, size),
+                                matrix(args.y_grad, flat), matrix(args.x_grad, flat), aligned};
+        if (args.bias_grad.total) {
+          launch_columns(op, args.bias_grad, stream);
+        } else {
+          launch_elements(op, stream);
+        }
+      });
+}
+
+}  // namespace redline

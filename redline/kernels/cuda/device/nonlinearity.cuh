@@ -1,0 +1,91 @@
+// The nonlinearities of `activation` and `gated_activation`. value(x) is f(x); derive(x, value,
+// derivative) gives f(x) and f'(x). The formulas are those of the CPU (cpu/nonlinearity.h).
+#pragma once
+
+namespace redline::cuda {
+
+// The division is off by two units in the last place at most and right at both ends.
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + expf(-x)); }
+
+// sigmoid(x) and 1 - sigmoid(x), the latter without the cancellation where x is large.
+__device__ __forceinline__ float sigmoid(float x, float& complement) {
+  const float e = expf(-x), s = __fdividef(1.0f, 1.0f + e);
+  complement = e > 1e30f ? 1.0f : e * s;
+  return s;
+}
+
+// x * sigmoid(slope * x): silu with slope 1, quick gelu with 1.702.
+__device__ __forceinline__ float swish(float x, float slope) { return x * sigmoid(slope * x); }
+__device__ __forceinline__ void derive_swish(float x, float slope, float& value,
+                                             float& derivative) {
+  float complement;
+  const float s = sigmoid(slope * x, complement);
+  value = x * s;
+  derivative = s + slope * value * complement;
+}
+
+struct Silu {
+  static __device__ __forceinline__ float value(float x) { return swish(x, 1.0f); }
+  static __device__ __forceinline__ void derive(float x, float& value, float& derivative) {
+    derive_swish(x, 1.0f, value, derivative);
+  }
+};
+
+struct QuickGelu {
+  static __device__ __forceinline__ float value(float x) { return swish(x, 1.702f); }
+  static __device__ __forceinline__ void derive(float x, float& value, float& derivative) {
+    derive_swish(x, 1.702f, value, derivative);
+  }
+};
+
+// x / 2 * (1 + tanh(u)) = x * sigmoid(2u): the second form does not cancel where x is negative.
+struct Gelu {
+  static constexpr float slope = 1.59576912160573071f;  // 2 sqrt(2 / pi)
+  static constexpr float cubic = slope * 0.044715f;
+
+  static __device__ __forceinline__ float value(float x) {
+    return x * sigmoid(x * (slope + cubic * (x * x)));
+  }
+  static __device__ __forceinline__ void derive(float x, float& value, float& derivative) {
+    const float square = x * x;
+    float complement;
+    const float s = sigmoid(x * (slope + cubic * square), complement);
+    value = x * s;
+    derivative = s + value * complement * (slope + 3.0f * cubic * square);
+  }
+};
+
+struct GeluErf {
+  static __device__ __forceinline__ float normal_cdf(float x) {
+    return 0.5f * erfcf(-0.707106781186547524f * x);
+  }
+  static __device__ __forceinline__ float value(float x) { return x * normal_cdf(x); }
+  static __device__ __forceinline__ void derive(float x, float& value, float& derivative) {
+    const float cdf = normal_cdf(x);
+    value = x * cdf;
+    derivative = cdf + x * (0.398942280401432678f * expf(-0.5f * x * x));
+  }
+};
+
+// NaN stays NaN: the comparison is false for it.
+struct Relu {
+  static __device__ __forceinline__ float value(float x) { return x < 0.0f ? 0.0f : x; }
+  static __device__ __forceinline__ void derive(float x, float& value, float& derivative) {
+    value = x < 0.0f ? 0.0f : x;
+    derivative = x <= 0.0f ? 0.0f : 1.0f;
+  }
+};
+
+struct SquaredRelu {
+  static __device__ __forceinline__ float value(float x) {
+    const float r = x < 0.0f ? 0.0f : x;
+    return r * r;
+  }
+  static __device__ __forceinline__ void derive(float x, float& value, float& derivative) {
+    const float r = x < 0.0f ? 0.0f : x;
+    value = r * r;
+    derivative = 2.0f * r;
+  }
+};
+
+}  // namespace redline::cuda

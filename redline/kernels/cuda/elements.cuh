@@ -1,0 +1,178 @@
+// The walks of element-by-element kernels over [rows, cols] matrices, by 16-byte vectors that never
+// cross a row. An `Op` says what happens to a vector:
+//   Input load(Place)           starts the loads of one vector
+//   void run(Place, Input)      computes and stores it
+// and, for column sums, run() takes a float [sums][N] more and adds what it sums to it.
+// The thread that has a vector does not depend on where tensors lie; sums are in fixed order.
+#pragma once
+
+#include "redline/kernels/column_sums.h"
+#include "redline/kernels/cuda/device/vector.cuh"
+#include "redline/kernels/cuda/launch.h"
+#include "redline/kernels/cuda/sum_chunks.cuh"
+
+namespace redline::cuda {
+namespace {
+
+// What kernels know of a matrix: where it starts, its row stride, whether it holds float32.
+struct Matrix {
+  void* data;
+  int64_t stride;
+  bool is_float32;
+
+  template <typename T>
+  __device__ __forceinline__ T* row(int64_t row) const {
+    return static_cast<T*>(data) + row * stride;
+  }
+};
+
+// Elements [col, end) of row `row`, N of them or fewer.
+struct Place {
+  int64_t row;
+  int col, end;
+};
+
+// `cols` elements per row but in the last one of a matrix that stands for one long row.
+struct Extent {
+  int64_t elements, rows;
+  int cols, vectors;  // vectors per row
+
+  __device__ __forceinline__ Place place(int64_t vector, int size) const {
+    int64_t row;
+    if (rows * vectors <= UINT32_MAX) {  // a 64-bit division costs a hundred instructions
+      row = static_cast<uint32_t>(vector) / static_cast<uint32_t>(vectors);
+    } else {
+      row = vector / vectors;
+    }
+    const int col = static_cast<int>(vector - row * vectors) * size;
+    return {row, col, end(row)};
+  }
+  __device__ __forceinline__ int end(int64_t row) const {
+    const int64_t left = elements - row * cols;
+    return left < cols ? static_cast<int>(left) : cols;
+  }
+};
+
+// A row alone is cut into rows of this many elements: columns are int, and a row's vectors divide.
+constexpr int flat_cols = 8192;
+
+inline bool is_flat(const TensorView& view) {
+  return view.sizes[0] == 1 && view.sizes[1] > flat_cols;
+}
+
+inline Matrix matrix(const TensorView& view, bool flat) {
+  return {view.data, flat ? flat_cols : view.strides[0], view.dtype == DType::float32};
+}
+
+inline Extent extent(const char* op, const TensorView& view, int size, bool flat) {
+  const int64_t elements = view.sizes[0] * view.sizes[1];
+  if (flat) return {elements, ceil_div(elements, flat_cols), flat_cols, flat_cols / size};
+  // A column index may pass the row's end by one block's step.
+  REDLINE_CHECK(view.sizes[1] < INT32_MAX - 65536, op,
+                ": expected rows below 2^31 - 65536 columns, not ", view);
+  const int cols = static_cast<int>(view.sizes[1]);
+  return {elements, view.sizes[0], cols, static_cast<int>(ceil_div(cols, size))};
+}
+
+// True when every row of every view may be read by 16 bytes; `flat` rows need their start alone.
+inline bool is_aligned_or_flat(bool flat, std::initializer_list<const TensorView*> views) {
+  if (!flat) return is_aligned(views);
+  return std::all_of(views.begin(), views.end(), [](const TensorView* view) {
+    return reinterpret_cast<uintptr_t>(view->data) % 16 == 0;
+  });
+}
+
+constexpr int element_threads = 256;
+
+template <typename Op>
+__global__ void __launch_bounds__(element_threads) element_kernel(const Op op) {
+  constexpr int U = Op::in_flight;
+  const Extent& extent = op.extent;
+  const int64_t total = extent.rows * extent.vectors;
+  const int64_t first = int64_t{blockIdx.x} * (element_threads * U) + threadIdx.x;
+  typename Op::Input in[U];
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    const int64_t vector = first + u * element_threads;
+    if (vector < total) in[u] = op.load(extent.place(vector, Op::size));
+  }
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    const int64_t vector = first + u * element_threads;
+    if (vector < total) op.run(extent.place(vector, Op::size), in[u]);
+  }
+}
+
+template <typename Op>
+void launch_elements(const Op& op, Stream stream) {
+  const int64_t total = op.extent.rows * op.extent.vectors;
+  launch(element_kernel<Op>,
+         {.grid = dim3(ceil_div(total, element_threads * Op::in_flight)),
+          .block = dim3(element_threads),
+          .stream = stream},
+         op);
+}
+
+// A block has 32 vectors of columns and the rows of a chunk, which eight warps take in turn, the
+// next row's loads in flight.
+constexpr int column_warps = 8;
+
+template <typename Op>
+__device__ __forceinline__ void store_column_sums(const Op& op, float* partial,
+                                                  float (&sums)[Op::sums][Op::size], int col) {
+  constexpr int N = Op::size;
+  __shared__ float scratch[column_warps][N][32];
+  const int lane = threadIdx.x, warp = threadIdx.y, cols = op.extent.cols;
+#pragma unroll
+  for (int s = 0; s < Op::sums; ++s) {
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < N; ++i) scratch[warp][i][lane] = sums[s][i];
+    __syncthreads();
+    if (warp != 0) continue;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      float total = 0.0f;
+#pragma unroll
+      for (int w = 0; w < column_warps; ++w) total += scratch[w][i][lane];
+      const int64_t offset = (int64_t{blockIdx.y} * Op::sums + s) * cols + col + i;
+      if (col + i < cols) partial[offset] = total;
+    }
+  }
+}
+
+template <typename Op>
+__global__ void __launch_bounds__(32 * column_warps)
+    column_kernel(const Op op, float* partial, int64_t rows_per_chunk) {
+  const int col = static_cast<int>(blockIdx.x * 32 + threadIdx.x) * Op::size;
+  const int64_t begin = blockIdx.y * rows_per_chunk;
+  const int64_t end = min(op.extent.rows, begin + rows_per_chunk);
+  float sums[Op::sums][Op::size] = {};
+  if (col < op.extent.cols) {
+    int64_t row = begin + threadIdx.y;
+    typename Op::Input current, next;
+    if (row < end) current = op.load(Place{row, col, op.extent.cols});
+    for (; row < end; row += column_warps) {
+      const int64_t following = row + column_warps;
+      if (following < end) next = op.load(Place{following, col, op.extent.cols});
+      op.run(Place{row, col, op.extent.cols}, current, sums);
+      current = next;
+    }
+  }
+  store_column_sums(op, partial, sums, col);
+}
+
+// Runs op over the matrix and sums its columns; `sums` hold Op::sums * cols columns.
+template <typename Op>
+void launch_columns(const Op& op, const ColumnSums& sums, Stream stream) {
+  const int64_t chunks = sums.partial.sizes[0];
+  launch(column_kernel<Op>,
+         {.grid = dim3(ceil_div(op.extent.vectors, 32), chunks),
+          .block = dim3(32, column_warps),
+          .stream = stream},
+         op, sums.partial.template as<float>(), ceil_div(op.extent.rows, chunks));
+  sum_chunks(sums.partial, sums.total, stream);
+}
+
+}  // namespace
+}  // namespace redline::cuda

@@ -1,0 +1,124 @@
+// What both directions of gated_activation know of an element and where it lies.
+#pragma once
+
+#include <limits>
+
+#include "redline/core/dispatch.h"
+#include "redline/kernels/cuda/device/nonlinearity.cuh"
+#include "redline/kernels/cuda/elements.cuh"
+#include "redline/kernels/gated_activation.h"
+
+namespace redline::cuda {
+namespace {
+
+struct Parameters {
+  float limit, alpha, offset;
+};
+
+// f(a) by a nonlinearity without parameters.
+template <typename Function>
+struct Plain {
+  static __device__ __forceinline__ float gate(float a, Parameters) { return Function::value(a); }
+  static __device__ __forceinline__ void derive(float a, Parameters, float& value,
+                                                float& derivative) {
+    Function::derive(a, value, derivative);
+  }
+  static __device__ __forceinline__ float linear(float b, Parameters) { return b; }
+  static __device__ __forceinline__ float linear_gradient(float, float gradient, Parameters) {
+    return gradient;
+  }
+};
+
+// swiglu, quick_geglu and clamped_swiglu: the first two have no limit and no offset. NaN passes
+// every comparison.
+struct Swish {
+  static __device__ __forceinline__ float gate(float a, Parameters p) {
+    return swish(a > p.limit ? p.limit : a, p.alpha);
+  }
+  static __device__ __forceinline__ void derive(float a, Parameters p, float& value,
+                                                float& derivative) {
+    derive_swish(a > p.limit ? p.limit : a, p.alpha, value, derivative);
+    derivative = a > p.limit ? 0.0f : derivative;
+  }
+  static __device__ __forceinline__ float linear(float b, Parameters p) {
+    const float clamped = b > p.limit ? p.limit : (b < -p.limit ? -p.limit : b);
+    return clamped + p.offset;
+  }
+  static __device__ __forceinline__ float linear_gradient(float b, float gradient, Parameters p) {
+    return b > p.limit || b < -p.limit ? 0.0f : gradient;
+  }
+};
+
+inline Parameters parameters(const GatedActivationKind& activation) {
+  constexpr float no_limit = std::numeric_limits<float>::infinity();
+  switch (activation.kind) {
+    case GatedActivation::quick_geglu:
+      return {no_limit, 1.702f, 0.0f};
+    case GatedActivation::clamped_swiglu:
+      return {static_cast<float>(activation.limit), static_cast<float>(activation.alpha),
+              static_cast<float>(activation.linear_offset)};
+    default:
+      return {no_limit, 1.0f, 0.0f};
+  }
+}
+
+struct Common {
+  Extent extent;
+  Matrix gate, linear, bias, row_scale;
+  const int64_t* row_count;
+  Parameters parameters;
+  bool aligned;
+
+  // Rows from the device's row count on hold nothing.
+  __device__ __forceinline__ bool counts(int64_t row) const {
+    return row_count == nullptr || row < *row_count;
+  }
+  template <typename T>
+  __device__ __forceinline__ float scale(int64_t row) const {
+    if (row_scale.data == nullptr) return 1.0f;
+    return row_scale.is_float32 ? static_cast<const float*>(row_scale.data)[row]
+                                : to_float(static_cast<const T*>(row_scale.data)[row]);
+  }
+  // values = packed + the bias from element `offset` on.
+  template <typename T>
+  __device__ __forceinline__ void add_bias(const Place& at, int offset, const Packed<T>& packed,
+                                           float (&values)[vector_size<T>]) const {
+    float added[vector_size<T>] = {};
+    if (bias.data != nullptr) {
+      load_mixed<T>(bias.data, bias.is_float32, offset, at.col, at.end, aligned, added);
+    }
+#pragma unroll
+    for (int i = 0; i < vector_size<T>; ++i) values[i] = to_float(packed.values[i]) + added[i];
+  }
+};
+
+template <typename Args>
+Common common(const Args& args, int size, bool aligned) {
+  return {.extent = extent("gated_activation", args.gate, size, false),
+          .gate = matrix(args.gate, false),
+          .linear = matrix(args.linear, false),
+          .bias = matrix(args.bias, false),
+          .row_scale = matrix(args.row_scale, false),
+          .row_count = args.row_count.template as<const int64_t>(),
+          .parameters = parameters(args.activation),
+          .aligned = aligned};
+}
+
+// Calls visit.operator()<T, Kind>().
+template <typename Visit>
+void visit_kind(GatedActivation kind, DType dtype, Visit visit) {
+  visit_dtype<float, bfloat16, float16>("gated_activation", dtype, [&]<typename Host>() {
+    using T = device_type<Host>;
+    switch (kind) {
+      case GatedActivation::geglu:
+        return visit.template operator()<T, Plain<Gelu>>();
+      case GatedActivation::reglu:
+        return visit.template operator()<T, Plain<Relu>>();
+      default:
+        return visit.template operator()<T, Swish>();
+    }
+  });
+}
+
+}  // namespace
+}  // namespace redline::cuda

@@ -1,0 +1,48 @@
+// y = f(a) * b * row_scale (kernels/gated_activation.h). Every thread has two 16-byte vectors of
+// gate and of linear, all loads in flight. Bound by bytes; of the floor: bench/results.
+#include "redline/kernels/cuda/gated_activation/element.cuh"
+
+namespace redline {
+namespace cuda {
+namespace {
+
+template <typename T, typename Kind>
+struct Forward : Common {
+  static constexpr int size = vector_size<T>, in_flight = 2;
+  struct Input {
+    Packed<T> gate, linear;
+  };
+  Matrix y;
+
+  __device__ __forceinline__ Input load(const Place& at) const {
+    return {cuda::load(gate.row<const T>(at.row), at.col, at.end, aligned),
+            cuda::load(linear.row<const T>(at.row), at.col, at.end, aligned)};
+  }
+  __device__ __forceinline__ void run(const Place& at, const Input& in) const {
+    float a[size], b[size], result[size] = {};
+    if (counts(at.row)) {
+      add_bias<T>(at, 0, in.gate, a);
+      add_bias<T>(at, extent.cols, in.linear, b);
+      const float factor = scale<T>(at.row);
+#pragma unroll
+      for (int i = 0; i < size; ++i) {
+        result[i] = Kind::gate(a[i], parameters) * Kind::linear(b[i], parameters) * factor;
+      }
+    }
+    store(y.row<T>(at.row), at.col, at.end, aligned, pack<T>(result));
+  }
+};
+
+}  // namespace
+}  // namespace cuda
+
+void run(const GatedActivationForward& args, Stream stream) {
+  using namespace cuda;
+  const bool aligned = is_aligned({&args.gate, &args.linear, &args.bias, &args.y});
+  visit_kind(args.activation.kind, args.gate.dtype, [&]<typename T, typename Kind>() {
+    launch_elements(Forward<T, Kind>{common(args, vector_size<T>, aligned), matrix(args.y, false)},
+                    stream);
+  });
+}
+
+}  // namespace redline

@@ -1,0 +1,136 @@
+#include "redline/ops/activation.h"
+
+#include "redline/kernels/activation.h"
+#include "redline/ops/column_sums.h"
+#include "redline/ops/registration.h"
+
+namespace redline::ops {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+void check_input(const Tensor& x) {
+  TORCH_CHECK(x.dim() >= 1, "activation: x: expected at least one dimension, not a scalar");
+  TORCH_CHECK(at::isFloatingType(x.scalar_type()), "activation: x: expected a floating dtype, not ",
+              x.scalar_type());
+}
+
+// --- inner ops ----------------------------------------------------------------------------------
+
+Tensor activation_forward(const Tensor& x, const OptionalTensor& bias, std::string_view kind) {
+  check_input(x);
+  check_devices("activation", x, {{"bias", value(bias)}});
+  const Activation activation = activation_from(kind);
+  Tensor y = at::empty_like(x, at::MemoryFormat::Contiguous);
+  if (x.is_meta()) return y;
+  const Tensor x_rows = with_rows(x);
+  const OptionalTensor bias_vector = contiguous(bias);
+  const bool flat = !bias && x_rows.is_contiguous();
+  const ActivationForward args{.kind = activation,
+                               .x = flat ? view_flat(x_rows) : view_rows(x_rows),
+                               .bias = view(bias_vector),
+                               .y = flat ? view_flat(y) : view_rows(y),
+                               .quantized = {}};
+  run_elements(x, args, x.numel());
+  return y;
+}
+
+std::tuple<Tensor, Tensor> activation_backward(const Tensor& y_grad, const Tensor& x,
+                                               const OptionalTensor& bias, std::string_view kind,
+                                               bool needs_bias) {
+  check_input(x);
+  check_devices("activation", x, {{"y_grad", y_grad}, {"bias", value(bias)}});
+  const Activation activation = activation_from(kind);
+  Tensor x_grad = at::empty_like(x, at::MemoryFormat::Contiguous);
+  Tensor bias_grad =
+      needs_bias ? at::empty_like(*bias, at::MemoryFormat::Contiguous) : no_output(x);
+  if (x.is_meta()) return {x_grad, bias_grad};
+  const Tensor x_rows = with_rows(x), y_grad_rows = with_rows(y_grad);
+  const OptionalTensor bias_vector = contiguous(bias);
+  const bool flat = !bias && x_rows.is_contiguous() && y_grad_rows.is_contiguous();
+  const auto viewed = [flat](const Tensor& t) { return flat ? view_flat(t) : view_rows(t); };
+  const TensorView x_view = viewed(x_rows);
+  const Tensor partial = column_partial(bias_grad, needs_bias, x_view.sizes[0]);
+  const ActivationBackward args{.kind = activation,
+                                .y_grad = viewed(y_grad_rows),
+                                .x = x_view,
+                                .bias = view(bias_vector),
+                                .x_grad = viewed(x_grad),
+                                .bias_grad = column_sums(partial, bias_grad)};
+  if (!needs_bias) {
+    run_elements(x, args, x.numel());
+  } else if (!run_on_cuda(x, args)) {
+    run_chunks(args, args.bias_grad);
+  }
+  return {x_grad, bias_grad};
+}
+
+// Through the dispatcher, so that tracing sees the inner op.
+Tensor call_forward(const Tensor& x, const OptionalTensor& bias, std::string_view kind) {
+  static const auto op = find_op<decltype(activation_forward)>("redline::activation_forward");
+  return op.call(x, bias, kind);
+}
+
+// --- derivative ---------------------------------------------------------------------------------
+
+struct ActivationFunction : public torch::autograd::Function<ActivationFunction> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& bias,
+                               const std::string& kind) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({x, value(bias)});
+    ctx->saved_data["kind"] = kind;
+    return {call_forward(x, bias, kind)};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto op = find_op<decltype(activation_backward)>("redline::activation_backward");
+    const variable_list saved = ctx->get_saved_variables();
+    const bool needs_bias = saved[1].defined() && ctx->needs_input_grad(1);
+    const auto [x_grad, bias_grad] = op.call(grads[0], saved[0], optional(saved[1]),
+                                             ctx->saved_data["kind"].toStringRef(), needs_bias);
+    return {x_grad, needs_bias ? bias_grad : Tensor(), Tensor()};
+  }
+};
+
+Tensor differentiable(const Tensor& x, const OptionalTensor& bias, std::string_view kind) {
+  return ActivationFunction::apply(x, bias, std::string(kind))[0];
+}
+
+void implement_inner(torch::Library& m) {
+  m.impl("activation_forward", activation_forward);
+  m.impl("activation_backward", activation_backward);
+}
+
+}  // namespace
+
+// --- public op ----------------------------------------------------------------------------------
+
+Tensor activation(const Tensor& x, const OptionalTensor& bias, std::string_view kind) {
+  static const auto op = find_op<decltype(activation)>("redline::activation");
+  return op.call(x, bias, kind);
+}
+
+TORCH_LIBRARY_FRAGMENT(redline, m) {
+  m.def("activation(Tensor x, Tensor? bias=None, str kind=\"gelu\") -> Tensor");
+  m.def("activation_forward(Tensor x, Tensor? bias, str kind) -> Tensor");
+  m.def(
+      "activation_backward(Tensor y_grad, Tensor x, Tensor? bias, str kind, bool needs_bias) "
+      "-> (Tensor x_grad, Tensor bias_grad)");
+}
+
+TORCH_LIBRARY_IMPL(redline, CPU, m) { implement_inner(m); }
+TORCH_LIBRARY_IMPL(redline, CUDA, m) { implement_inner(m); }
+TORCH_LIBRARY_IMPL(redline, Meta, m) { implement_inner(m); }
+TORCH_LIBRARY_IMPL(redline, CompositeExplicitAutograd, m) { m.impl("activation", call_forward); }
+TORCH_LIBRARY_IMPL(redline, Autograd, m) {
+  m.impl("activation", differentiable);
+  refuse_autograd(m, {"activation_forward", "activation_backward"});
+}
+TORCH_LIBRARY_IMPL(redline, AutocastCPU, m) { ignore_autocast(m, {"activation"}); }
+TORCH_LIBRARY_IMPL(redline, AutocastCUDA, m) { ignore_autocast(m, {"activation"}); }
+TORCH_LIBRARY_IMPL(redline, FuncTorchBatched, m) { refuse_vmap(m, {"activation"}); }
+
+}  // namespace redline::ops

@@ -1,0 +1,190 @@
+#include "redline/ops/bias_dropout_add.h"
+
+#include "redline/kernels/bias_dropout_add.h"
+#include "redline/ops/column_sums.h"
+#include "redline/ops/philox.h"
+#include "redline/ops/registration.h"
+
+namespace redline::ops {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+constexpr const char* op_name = "bias_dropout_add";
+
+void check_probability(double probability) {
+  TORCH_CHECK(probability >= 0 && probability <= 1, op_name, ": probability: expected 0 to 1, not ",
+              probability);
+}
+
+void check_inputs(const Tensor& x, const OptionalTensor& bias, const Tensor& residual) {
+  TORCH_CHECK(x.dim() >= 1, op_name, ": x: expected at least one dimension, not a scalar");
+  TORCH_CHECK(at::isFloatingType(x.scalar_type()), op_name, ": x: expected a floating dtype, not ",
+              x.scalar_type());
+  check_devices(op_name, x, {{"bias", value(bias)}, {"residual", residual}});
+  TORCH_CHECK(residual.sym_sizes() == x.sym_sizes(), op_name, ": residual: expected ",
+              x.sym_sizes(), ", not ", residual.sym_sizes());
+}
+
+// --- inner ops ----------------------------------------------------------------------------------
+
+// rng_state: [2] int64, or [0] where nothing is dropped.
+std::tuple<Tensor, Tensor> bias_dropout_add_forward(const Tensor& x, const OptionalTensor& bias,
+                                                    const Tensor& residual, double probability,
+                                                    bool training) {
+  check_probability(probability);
+  check_inputs(x, bias, residual);
+  const bool random = training && probability > 0;
+  Tensor y = at::empty_like(residual, at::MemoryFormat::Contiguous);
+  Tensor rng_state = at::empty({random ? 2 : 0}, x.options().dtype(at::kLong));
+  if (x.is_meta()) return {y, rng_state};
+  const Tensor x_rows = with_rows(x), residual_rows = with_rows(residual);
+  const OptionalTensor bias_vector = contiguous(bias);
+  const bool flat = !bias && x_rows.is_contiguous() && residual_rows.is_contiguous();
+  const auto viewed = [flat](const Tensor& t) { return flat ? view_flat(t) : view_rows(t); };
+  BiasDropoutAddForward args{.x = viewed(x_rows),
+                             .bias = view(bias_vector),
+                             .residual = viewed(residual_rows),
+                             .y = viewed(y),
+                             .rng_state = random ? view(rng_state) : TensorView{},
+                             .philox = {},
+                             .probability = random ? probability : 0};
+  check(args);  // a refused call draws nothing
+  if (random) args.philox = draw_philox(x);
+  run_elements(x, args, x.numel());
+  if (x.is_cpu() && x.numel() == 0) run(args, Range{});  // writes rng_state
+  return {y, rng_state};
+}
+
+std::tuple<Tensor, Tensor> bias_dropout_add_backward(const Tensor& y_grad, const Tensor& rng_state,
+                                                     const OptionalTensor& bias,
+                                                     at::ScalarType x_dtype, double probability,
+                                                     bool needs_bias) {
+  check_probability(probability);
+  check_devices(op_name, y_grad, {{"rng_state", rng_state}, {"bias", value(bias)}});
+  TORCH_CHECK(y_grad.dim() >= 1, op_name,
+              ": y_grad: expected at least one dimension, not a scalar");
+  Tensor x_grad =
+      at::empty_like(y_grad, y_grad.options().dtype(x_dtype), at::MemoryFormat::Contiguous);
+  Tensor bias_grad =
+      needs_bias ? at::empty_like(*bias, at::MemoryFormat::Contiguous) : no_output(x_grad);
+  if (y_grad.is_meta()) return {x_grad, bias_grad};
+  const Tensor y_grad_rows = with_rows(y_grad);
+  const bool flat = !needs_bias && y_grad_rows.is_contiguous();
+  const auto viewed = [flat](const Tensor& t) { return flat ? view_flat(t) : view_rows(t); };
+  const TensorView x_grad_view = viewed(x_grad);
+  const Tensor partial = column_partial(bias_grad, needs_bias, x_grad_view.sizes[0]);
+  const BiasDropoutAddBackward args{
+      .y_grad = viewed(y_grad_rows),
+      .rng_state = rng_state.numel() > 0 ? view(rng_state) : TensorView{},
+      .x_grad = x_grad_view,
+      .bias_grad = column_sums(partial, bias_grad),
+      .probability = probability};
+  if (!needs_bias) {
+    run_elements(y_grad, args, y_grad.numel());
+  } else if (!run_on_cuda(y_grad, args)) {
+    run_chunks(args, args.bias_grad);
+  }
+  return {x_grad, bias_grad};
+}
+
+// Through the dispatcher, so that tracing sees the inner ops.
+std::tuple<Tensor, Tensor> call_forward(const Tensor& x, const OptionalTensor& bias,
+                                        const Tensor& residual, double probability, bool training) {
+  static const auto op =
+      find_op<decltype(bias_dropout_add_forward)>("redline::bias_dropout_add_forward");
+  return op.call(x, bias, residual, probability, training);
+}
+
+// --- derivative ---------------------------------------------------------------------------------
+
+struct BiasDropoutAddFunction : public torch::autograd::Function<BiasDropoutAddFunction> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& bias,
+                               const Tensor& residual, double probability, bool training) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const auto [y, rng_state] = call_forward(x, bias, residual, probability, training);
+    ctx->save_for_backward({rng_state, value(bias)});
+    ctx->saved_data["x_dtype"] = x.scalar_type();
+    ctx->saved_data["probability"] = probability;
+    ctx->saved_data["random"] = training && probability > 0;
+    return {y};
+  }
+
+  // Inputs of forward in order: x, bias, residual, probability, training. The graph has edges for
+  // the tensors that were given.
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto op =
+        find_op<decltype(bias_dropout_add_backward)>("redline::bias_dropout_add_backward");
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &y_grad = grads[0], &bias = saved[1];
+    const auto x_dtype = ctx->saved_data["x_dtype"].toScalarType();
+    const bool needs_bias = bias.defined() && ctx->needs_input_grad(1);
+    if (!needs_bias && !ctx->saved_data["random"].toBool()) {
+      return {y_grad.to(x_dtype), Tensor(), y_grad, Tensor(), Tensor()};
+    }
+    const auto [x_grad, bias_grad] = op.call(y_grad, saved[0], optional(bias), x_dtype,
+                                             ctx->saved_data["probability"].toDouble(), needs_bias);
+    return {x_grad, needs_bias ? bias_grad : Tensor(), y_grad, Tensor(), Tensor()};
+  }
+};
+
+Tensor differentiable(const Tensor& x, const OptionalTensor& bias, const Tensor& residual,
+                      double probability, bool training) {
+  return BiasDropoutAddFunction::apply(x, bias, residual, probability, training)[0];
+}
+
+Tensor without_derivative(const Tensor& x, const OptionalTensor& bias, const Tensor& residual,
+                          double probability, bool training) {
+  return std::get<0>(call_forward(x, bias, residual, probability, training));
+}
+
+void implement_inner(torch::Library& m) {
+  m.impl("bias_dropout_add_forward", bias_dropout_add_forward);
+  m.impl("bias_dropout_add_backward", bias_dropout_add_backward);
+}
+
+}  // namespace
+
+// --- public op ----------------------------------------------------------------------------------
+
+Tensor bias_dropout_add(const Tensor& x, const OptionalTensor& bias, const Tensor& residual,
+                        double probability, bool training) {
+  static const auto op = find_op<decltype(bias_dropout_add)>("redline::bias_dropout_add");
+  return op.call(x, bias, residual, probability, training);
+}
+
+TORCH_LIBRARY_FRAGMENT(redline, m) {
+  // Untagged, a checkpointed region under torch.compile would draw another mask.
+  const std::vector<at::Tag> random = {at::Tag::nondeterministic_seeded};
+  m.def(
+      "bias_dropout_add(Tensor x, Tensor? bias, Tensor residual, float probability, "
+      "bool training=True) -> Tensor",
+      random);
+  m.def(
+      "bias_dropout_add_forward(Tensor x, Tensor? bias, Tensor residual, float probability, "
+      "bool training) -> (Tensor y, Tensor rng_state)",
+      random);
+  m.def(
+      "bias_dropout_add_backward(Tensor y_grad, Tensor rng_state, Tensor? bias, "
+      "ScalarType x_dtype, float probability, bool needs_bias) "
+      "-> (Tensor x_grad, Tensor bias_grad)");
+}
+
+TORCH_LIBRARY_IMPL(redline, CPU, m) { implement_inner(m); }
+TORCH_LIBRARY_IMPL(redline, CUDA, m) { implement_inner(m); }
+TORCH_LIBRARY_IMPL(redline, Meta, m) { implement_inner(m); }
+TORCH_LIBRARY_IMPL(redline, CompositeExplicitAutograd, m) {
+  m.impl("bias_dropout_add", without_derivative);
+}
+TORCH_LIBRARY_IMPL(redline, Autograd, m) {
+  m.impl("bias_dropout_add", differentiable);
+  refuse_autograd(m, {"bias_dropout_add_forward", "bias_dropout_add_backward"});
+}
+TORCH_LIBRARY_IMPL(redline, AutocastCPU, m) { ignore_autocast(m, {"bias_dropout_add"}); }
+TORCH_LIBRARY_IMPL(redline, AutocastCUDA, m) { ignore_autocast(m, {"bias_dropout_add"}); }
+TORCH_LIBRARY_IMPL(redline, FuncTorchBatched, m) { refuse_vmap(m, {"bias_dropout_add"}); }
+
+}  // namespace redline::ops
