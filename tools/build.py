@@ -24,6 +24,7 @@ from progress import Phase, follow
 
 root = Path(__file__).resolve().parent.parent
 library_target = "redline_ops"
+quiet_lines = ("ninja: Entering", "ninja: no work", "-- ")  # the last: CMake, run again by Ninja
 
 
 def leave(sentence: str) -> NoReturn:
@@ -106,7 +107,7 @@ class NinjaProgress:
             self.phase = self.phase or Phase("compiling")
             what = found[3].replace("Building ", "").split("/")[-1]
             self.phase.update(self.done / int(found[2]), f"{found[1]}/{found[2]} {what}")
-        elif line.strip() and not line.startswith(("ninja: Entering", "ninja: no work")):
+        elif line.strip() and not line.startswith(quiet_lines):
             if self.phase:
                 self.phase.clear()
             print(line, flush=True)
