@@ -2,8 +2,8 @@
 list(TRANSFORM REDLINE_OPS PREPEND redline/ops/ OUTPUT_VARIABLE REDLINE_OP_SOURCES)
 list(TRANSFORM REDLINE_OP_SOURCES APPEND .cpp)
 
-add_library(redline_ops SHARED ${REDLINE_OP_SOURCES} redline/ops/library.cpp redline/ops/philox.cpp
-                               redline/ops/run.cpp)
+add_library(redline_ops SHARED ${REDLINE_OP_SOURCES} redline/ops/adamw_optimizer.cpp
+                               redline/ops/library.cpp redline/ops/philox.cpp redline/ops/run.cpp)
 target_link_libraries(redline_ops PUBLIC redline_core torch_wheel PRIVATE redline_kernels)
 target_compile_definitions(
   redline_ops PRIVATE REDLINE_WITH_CUDA=$<BOOL:${REDLINE_OPS_CUDA}>

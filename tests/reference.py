@@ -98,3 +98,16 @@ def philox(seed, offset, count):
         c = [(p1 >> 32 & low) ^ c[1] ^ k0, p1 & low, (p0 >> 32 & low) ^ c[3] ^ k1, p0 & low]
         k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
     return torch.stack(c, -1).flatten()[:count]
+
+
+def adamw_step(state, gradient, t, lr, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.01):
+    """(p, m, v) after step t."""
+    p, m, v = state
+    m = beta1 * m + (1 - beta1) * gradient
+    v = beta2 * v + (1 - beta2) * gradient.square()
+    update = m / (1 - beta1**t) / (torch.sqrt(v / (1 - beta2**t)) + epsilon)
+    return p - lr * (update + weight_decay * p), m, v
+
+
+def gradient_norm(*gradients):
+    return torch.cat([gradient.flatten() for gradient in gradients]).norm()

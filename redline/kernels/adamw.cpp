@@ -57,7 +57,6 @@ void check(const AdamWStep& args) {
   REDLINE_CHECK(rate.present && rate.numel() == 1 &&
                     (rate.dtype == DType::float32 || rate.dtype == DType::float64),
                 op, ": learning_rate: expected one float32 or float64, not ", rate);
-  check_scalar("step", args.step);
   if (args.clip_coefficient) check_scalar("clip_coefficient", args.clip_coefficient);
   if (args.grad_scale) check_scalar("grad_scale", args.grad_scale);
   if (args.found_inf) check_scalar("found_inf", args.found_inf);
@@ -69,17 +68,22 @@ void check(const AdamWStep& args) {
 }
 
 void begin(const AdamWStep& args) {
-  auto& factors = *args.factors.as<AdamWFactors>();
-  factors.skip = args.found_inf ? *args.found_inf.as<const float>() : 0.0;
-  if (factors.skip != 0) return;
-  const double t = *args.step.as<float>() += 1;
   const TensorView& rate = args.learning_rate;
   const double lr =
       rate.dtype == DType::float64 ? *rate.as<const double>() : *rate.as<const float>();
-  factors.gradient = scalar_or_one(args.clip_coefficient) / scalar_or_one(args.grad_scale);
-  factors.step_size = lr / (1 - std::pow(args.beta1, t));
-  factors.decay = lr * args.weight_decay;
-  factors.inverse_root = 1 / std::sqrt(1 - std::pow(args.beta2, t));
+  const double gradient = scalar_or_one(args.clip_coefficient) / scalar_or_one(args.grad_scale);
+  const double skip = args.found_inf ? *args.found_inf.as<const float>() : 0.0;
+  for (int64_t i = 0; i < args.tensor_count; ++i) {
+    float& step = *args.tensors[i].step;
+    if (skip == 0) step += 1;
+    const double t = step;
+    args.factors.as<AdamWFactors>()[i] = {
+        .gradient = gradient,
+        .step_size = lr / (1 - std::pow(args.beta1, t)),
+        .decay = lr * args.weight_decay,
+        .inverse_root = 1 / std::sqrt(1 - std::pow(args.beta2, t)),
+        .skip = skip};
+  }
 }
 
 int64_t cpu::adamw_chunks(const AdamWStep& args) {
@@ -95,7 +99,7 @@ void run(const AdamWStep& args, Range chunks) {
     const int64_t last = first + chunks_of(tensor);
     const int64_t begin = (std::max(first, chunks.begin) - first) * cpu::adamw_chunk;
     const int64_t end = (std::min(last, chunks.end) - first) * cpu::adamw_chunk;
-    if (begin < end) kernels().update(args, tensor, {begin, std::min(end, tensor.count)});
+    if (begin < end) kernels().update(args, i, {begin, std::min(end, tensor.count)});
     first = last;
   }
 }

@@ -2,9 +2,9 @@
 //   t = step + 1, g = gradient * clip_coefficient / grad_scale
 //   m = m + (1 - beta1) * (g - m),  v = v + (1 - beta2) * (g^2 - v)
 //   p = p - (lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + epsilon) + lr * weight_decay * p)
-// The list is elementwise: neither the bits nor the speed depend on how it is cut. What depends on
-// t is computed in float64 on the device, once per step; elements in float32 (float64 for float64),
-// each output rounded once. With a master, p is the master, and the parameter its rounding.
+// The list is elementwise: no bit depends on how it is cut. Each tensor has its own t; what depends
+// on it is computed in float64 on the device, once per tensor; elements in float32 (float64 for
+// float64), each output rounded once. With a master, p is the master, the parameter its rounding.
 // Nothing is written, and t does not move, when found_inf is not zero.
 #pragma once
 
@@ -20,13 +20,14 @@ struct AdamWTensor {
   void* exp_avg = nullptr;
   void* exp_avg_sq = nullptr;
   float* master = nullptr;  // optional, beside a 16-bit parameter
+  float* step = nullptr;    // one element, advanced by one
   int64_t count = 0;
   DType parameter_dtype = DType::float32;
   DType gradient_dtype = DType::float32;
   DType average_dtype = DType::float32;  // of exp_avg and exp_avg_sq: float32 or bfloat16
 };
 
-// What all elements share: float64, on the device, computed once per step by it.
+// What the elements of a tensor share.
 struct AdamWFactors {
   double gradient;      // clip_coefficient / grad_scale
   double step_size;     // lr / (1 - beta1^t)
@@ -40,11 +41,10 @@ struct AdamWStep {
   int64_t tensor_count = 0;
   // Device scalars.
   TensorView learning_rate;     // float32 or float64
-  TensorView step;              // float32; advanced by one
   TensorView clip_coefficient;  // float32, optional
   TensorView grad_scale;        // float32, optional
   TensorView found_inf;         // float32, optional
-  TensorView factors;           // workspace: one AdamWFactors
+  TensorView factors;           // workspace: an AdamWFactors for each tensor
   double beta1 = 0.9;
   double beta2 = 0.999;
   double epsilon = 1e-8;
@@ -54,8 +54,7 @@ struct AdamWStep {
 // Throws Error where a dtype or option does not fit.
 void check(const AdamWStep&);
 
-// CPU. begin() advances the step and writes the factors; then run() updates the chunks of its
-// range.
+// CPU. begin() advances the steps and writes the factors; run() updates the chunks of its range.
 void begin(const AdamWStep&);
 void run(const AdamWStep&, Range chunks);
 

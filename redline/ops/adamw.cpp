@@ -27,6 +27,7 @@ void check_lengths(const AdamWLists& lists) {
   check_length("exp_avgs", lists.exp_avgs);
   check_length("exp_avg_sqs", lists.exp_avg_sqs);
   if (!lists.masters.empty()) check_length("masters", lists.masters);
+  check_length("steps", lists.steps);
 }
 
 // Each tensor of the list: on the first parameter's device, of its parameter's shape.
@@ -56,13 +57,18 @@ void check_arguments(const AdamWLists& lists, const AdamWScalars& scalars) {
                 ": exp_avg_sqs[", i, "]: expected ", lists.exp_avgs[i].scalar_type(),
                 " as in exp_avgs, not ", lists.exp_avg_sqs[i].scalar_type());
   }
+  for (size_t i = 0; i < lists.steps.size(); ++i) {
+    const Tensor& step = lists.steps[i];
+    TORCH_CHECK(step.device() == lists.parameters[0].device() && step.numel() == 1 &&
+                    step.scalar_type() == at::kFloat,
+                op_name, ": steps[", i, "]: expected one Float on ", lists.parameters[0].device(),
+                ", not ", step.sizes(), " ", step.scalar_type(), " on ", step.device());
+  }
   check_devices(op_name, lists.parameters[0],
                 {{"learning_rate", scalars.learning_rate},
-                 {"step", scalars.step},
                  {"clip_coefficient", value(scalars.clip_coefficient)},
                  {"grad_scale", value(scalars.grad_scale)},
                  {"found_inf", value(scalars.found_inf)}});
-  check_no_grad(op_name, "parameters", lists.parameters);
 }
 
 std::vector<AdamWTensor> flat_tensors(const AdamWLists& lists, DenseTensors& dense) {
@@ -77,6 +83,7 @@ std::vector<AdamWTensor> flat_tensors(const AdamWLists& lists, DenseTensors& den
     if (!lists.masters.empty()) {
       tensor.master = static_cast<float*>(dense.write(lists.masters[i], like));
     }
+    tensor.step = lists.steps[i].data_ptr<float>();
     tensor.count = like.numel();
     tensor.parameter_dtype = dtype_from(like.scalar_type());
     tensor.gradient_dtype = dtype_from(lists.gradients[i].scalar_type());
@@ -91,12 +98,12 @@ void step_lists(const AdamWLists& lists, const AdamWScalars& scalars, const Adam
   check_arguments(lists, scalars);
   DenseTensors dense;
   const std::vector<AdamWTensor> tensors = flat_tensors(lists, dense);
-  const Tensor factors = at::empty({sizeof(AdamWFactors) / sizeof(double)},
+  constexpr int64_t factor_count = sizeof(AdamWFactors) / sizeof(double);
+  const Tensor factors = at::empty({static_cast<int64_t>(tensors.size()), factor_count},
                                    lists.parameters[0].options().dtype(at::kDouble));
   const AdamWStep args{.tensors = tensors.data(),
                        .tensor_count = static_cast<int64_t>(tensors.size()),
                        .learning_rate = view(scalars.learning_rate),
-                       .step = view(scalars.step),
                        .clip_coefficient = view(scalars.clip_coefficient),
                        .grad_scale = view(scalars.grad_scale),
                        .found_inf = view(scalars.found_inf),
@@ -115,16 +122,16 @@ void step_lists(const AdamWLists& lists, const AdamWScalars& scalars, const Adam
   bump_versions(lists.exp_avgs);
   bump_versions(lists.exp_avg_sqs);
   bump_versions(lists.masters);
-  bump_versions(scalars.step);
+  bump_versions(lists.steps);
 }
 
 void step_from_schema(TensorList parameters, TensorList gradients, TensorList exp_avgs,
-                      TensorList exp_avg_sqs, TensorList masters, const Tensor& learning_rate,
-                      const Tensor& step, double beta1, double beta2, double epsilon,
+                      TensorList exp_avg_sqs, TensorList masters, TensorList steps,
+                      const Tensor& learning_rate, double beta1, double beta2, double epsilon,
                       double weight_decay, const OptionalTensor& clip_coefficient,
                       const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
-  step_lists({parameters, gradients, exp_avgs, exp_avg_sqs, masters},
-             {learning_rate, step, clip_coefficient, grad_scale, found_inf},
+  step_lists({parameters, gradients, exp_avgs, exp_avg_sqs, masters, steps},
+             {learning_rate, clip_coefficient, grad_scale, found_inf},
              {beta1, beta2, epsilon, weight_decay});
 }
 
@@ -133,15 +140,15 @@ void step_from_schema(TensorList parameters, TensorList gradients, TensorList ex
 void adamw_step(const AdamWLists& lists, const AdamWScalars& scalars, const AdamWOptions& options) {
   static const auto op = find_op<decltype(step_from_schema)>("redline::adamw_step");
   op.call(lists.parameters, lists.gradients, lists.exp_avgs, lists.exp_avg_sqs, lists.masters,
-          scalars.learning_rate, scalars.step, options.beta1, options.beta2, options.epsilon,
+          lists.steps, scalars.learning_rate, options.beta1, options.beta2, options.epsilon,
           options.weight_decay, scalars.clip_coefficient, scalars.grad_scale, scalars.found_inf);
 }
 
 TORCH_LIBRARY_FRAGMENT(redline, m) {
   m.def(
       "adamw_step(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avgs, "
-      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, *, Tensor learning_rate, Tensor(e!) step, "
-      "float beta1, float beta2, float epsilon, float weight_decay, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, Tensor(e!)[] steps, *, "
+      "Tensor learning_rate, float beta1, float beta2, float epsilon, float weight_decay, "
       "Tensor? clip_coefficient=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
 }
 

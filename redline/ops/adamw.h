@@ -7,19 +7,19 @@
 
 namespace redline::ops {
 
-// As long as each other, tensor by tensor of one shape; masters may be empty.
+// As long as each other; but for steps, tensor by tensor of one shape. masters may be empty.
 struct AdamWLists {
   at::TensorList parameters;
   at::TensorList gradients;    // of any dtype; float64 with float64 alone
   at::TensorList exp_avgs;     // float32 or bfloat16 (float64 for float64)
   at::TensorList exp_avg_sqs;  // likewise
   at::TensorList masters;      // float32, beside 16-bit parameters
+  at::TensorList steps;        // one float32 each; advanced by one, unless found_inf
 };
 
 // One element each, on the parameters' device.
 struct AdamWScalars {
   at::Tensor learning_rate;                         // float32 or float64
-  at::Tensor step;                                  // float32; advanced by one, unless found_inf
   std::optional<at::Tensor> clip_coefficient = {};  // float32; gradients are multiplied by it
   std::optional<at::Tensor> grad_scale = {};        // float32; gradients are divided by it
   std::optional<at::Tensor> found_inf = {};         // float32; not zero: nothing is written

@@ -51,13 +51,4 @@ inline void bump_versions(at::TensorList tensors) {
   }
 }
 
-// Writing a tensor that requires a gradient is refused where autograd would have to record it.
-inline void check_no_grad(const char* op, const char* name, at::TensorList tensors) {
-  if (!at::GradMode::is_enabled()) return;
-  for (const at::Tensor& tensor : tensors) {
-    TORCH_CHECK(!tensor.requires_grad(), op, ": ", name,
-                ": expected no-grad mode around tensors that require a gradient");
-  }
-}
-
 }  // namespace redline::ops

@@ -64,7 +64,6 @@ void scale_all(TensorList gradients, const Tensor& coefficient) {
   const Tensor& first = gradients[0];
   if (first.is_meta()) return;
   check_devices(op, first, {{"coefficient", coefficient}});
-  check_no_grad(op, "gradients", gradients);
   DenseTensors dense;
   std::vector<GradientTensor> tensors;
   tensors.reserve(gradients.size());

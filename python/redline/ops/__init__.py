@@ -9,6 +9,10 @@ from redline.ops.bias_dropout_add import bias_dropout_add
 from redline.ops.cross_entropy import cross_entropy
 from redline.ops.embedding import embedding
 from redline.ops.gated_activation import gated_activation, gated_activation_pair
+from redline.ops.adamw import adamw_step
+from redline.ops.cross_entropy import cross_entropy
+from redline.ops.embedding import embedding
+from redline.ops.gradient_norm import clip_coefficient, gradient_norm, scale_gradients
 from redline.ops.norm import layer_norm, residual_layer_norm, residual_rms_norm, rms_norm
 from redline.ops.rotary import qkv_rotary, rotary
 from redline.ops.softmax import softmax
@@ -20,11 +24,17 @@ __all__ = [
     "embedding",
     "gated_activation",
     "gated_activation_pair",
+    "adamw_step",
+    "clip_coefficient",
+    "cross_entropy",
+    "embedding",
+    "gradient_norm",
     "layer_norm",
     "qkv_rotary",
     "residual_layer_norm",
     "residual_rms_norm",
     "rms_norm",
     "rotary",
+    "scale_gradients",
     "softmax",
 ]

@@ -15,8 +15,8 @@ struct Factors {
 };
 
 template <typename Acc>
-Factors<Acc> factors_of(const AdamWStep& args) {
-  const AdamWFactors& factors = *args.factors.as<const AdamWFactors>();
+Factors<Acc> factors_of(const AdamWStep& args, int64_t index) {
+  const AdamWFactors& factors = args.factors.as<const AdamWFactors>()[index];
   return {static_cast<Acc>(factors.gradient), static_cast<Acc>(factors.step_size),
           static_cast<Acc>(factors.decay),    static_cast<Acc>(factors.inverse_root),
           static_cast<Acc>(1.0 - args.beta1), static_cast<Acc>(1.0 - args.beta2),
@@ -48,8 +48,9 @@ void round_master(const AdamWTensor& tensor, int64_t offset, int count) {
 }
 
 template <typename Acc>
-void update_elements(const AdamWStep& args, const AdamWTensor& tensor, Range elements) {
-  const Factors<Acc> f = factors_of<Acc>(args);
+void update_elements(const AdamWStep& args, int64_t index, Range elements) {
+  const AdamWTensor& tensor = args.tensors[index];
+  const Factors<Acc> f = factors_of<Acc>(args, index);
   Block<Acc> gradient_block;
   Updated<Acc> average{tensor.exp_avg, tensor.average_dtype, {}};
   Updated<Acc> square{tensor.exp_avg_sq, tensor.average_dtype, {}};
@@ -81,12 +82,12 @@ void update_elements(const AdamWStep& args, const AdamWTensor& tensor, Range ele
   }
 }
 
-void update(const AdamWStep& args, const AdamWTensor& tensor, Range elements) {
-  if (args.factors.as<const AdamWFactors>()->skip != 0) return;
-  if (tensor.parameter_dtype == DType::float64) {
-    update_elements<double>(args, tensor, elements);
+void update(const AdamWStep& args, int64_t index, Range elements) {
+  if (args.factors.as<const AdamWFactors>()[index].skip != 0) return;
+  if (args.tensors[index].parameter_dtype == DType::float64) {
+    update_elements<double>(args, index, elements);
   } else {
-    update_elements<float>(args, tensor, elements);
+    update_elements<float>(args, index, elements);
   }
 }
 

@@ -6,7 +6,7 @@
 namespace redline::cpu {
 
 struct AdamWKernels {
-  void (*update)(const AdamWStep&, const AdamWTensor&, Range elements);
+  void (*update)(const AdamWStep&, int64_t tensor, Range elements);
 };
 
 namespace baseline {

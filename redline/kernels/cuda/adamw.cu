@@ -1,7 +1,6 @@
-// p, m and v from p, g, m and v (kernels/adamw.h). One thread computes the factors of the step;
-// then a block updates one chunk of one tensor, four elements per access and eight accesses in
-// flight per thread, whatever mixture of dtypes the tensors have. Bound by bytes; of the floor:
-// bench/results.
+// p, m and v from p, g, m and v (kernels/adamw.h). A thread per tensor computes its factors; then a
+// block updates one chunk of one tensor, four elements per access and eight accesses in flight per
+// thread, whatever mixture of dtypes the tensors have. Bound by bytes; of the floor: bench/results.
 #include "redline/kernels/adamw.h"
 #include "redline/kernels/cuda/tensor_batch.cuh"
 
@@ -14,36 +13,41 @@ constexpr int vectors = 2;  // accesses of a tensor in flight per thread
 constexpr int step_elements = threads * vectors * 4;
 constexpr int chunk = step_elements * 4;  // 8,192 elements: 230 KB of float32 per block
 
-using Batch = TensorBatch<AdamWTensor, 512>;
-static_assert(sizeof(Batch) + 64 <= 32764, "kernel parameters");
+using Batch = TensorBatch<AdamWTensor, 448>;
+static_assert(sizeof(Batch) + 128 <= 32764, "kernel parameters");
 
-struct Begin {
+// What the tensors share, on the device, and the step's options.
+struct Scalars {
   const void* learning_rate;
   bool learning_rate_is_float64;
-  float* step;
   const float* clip_coefficient;
   const float* grad_scale;
   const float* found_inf;
-  AdamWFactors* factors;
   double beta1, beta2, weight_decay;
 };
 
-__global__ void begin_kernel(const Begin args) {
-  AdamWFactors factors = {};
-  factors.skip = args.found_inf != nullptr ? *args.found_inf : 0.0;
-  if (factors.skip == 0.0) {
-    const double t = *args.step += 1.0f;
-    const double rate = args.learning_rate_is_float64
-                            ? *static_cast<const double*>(args.learning_rate)
-                            : *static_cast<const float*>(args.learning_rate);
-    const double clip = args.clip_coefficient != nullptr ? *args.clip_coefficient : 1.0;
-    const double scale = args.grad_scale != nullptr ? *args.grad_scale : 1.0;
-    factors.gradient = clip / scale;
-    factors.step_size = rate / (1.0 - pow(args.beta1, t));
-    factors.decay = rate * args.weight_decay;
-    factors.inverse_root = 1.0 / sqrt(1.0 - pow(args.beta2, t));
-  }
-  *args.factors = factors;
+__device__ __forceinline__ double scalar_or(const float* scalar, double otherwise) {
+  return scalar != nullptr ? *scalar : otherwise;
+}
+
+// A thread per tensor.
+__global__ void begin_kernel(const __grid_constant__ Batch batch, const Scalars scalars,
+                             AdamWFactors* factors) {
+  const int index = blockIdx.x * blockDim.x + threadIdx.x;
+  if (index >= batch.size) return;
+  const double skip = scalar_or(scalars.found_inf, 0.0);
+  float* const step = batch.tensors[index].step;
+  if (skip == 0.0) *step += 1.0f;
+  const double t = *step;
+  const double rate = scalars.learning_rate_is_float64
+                          ? *static_cast<const double*>(scalars.learning_rate)
+                          : *static_cast<const float*>(scalars.learning_rate);
+  factors[index] = {
+      .gradient = scalar_or(scalars.clip_coefficient, 1.0) / scalar_or(scalars.grad_scale, 1.0),
+      .step_size = rate / (1.0 - pow(scalars.beta1, t)),
+      .decay = rate * scalars.weight_decay,
+      .inverse_root = 1.0 / sqrt(1.0 - pow(scalars.beta2, t)),
+      .skip = skip};
 }
 
 // The factors in the arithmetic's type.
@@ -145,11 +149,12 @@ __device__ __forceinline__ void update_chunk(const AdamWTensor& tensor, int64_t 
 __global__ void __launch_bounds__(threads)
     update_kernel(const __grid_constant__ Batch batch, const AdamWFactors* factors,
                   const Constants constants) {
-  if (factors->skip != 0.0) return;
-  const Factors f = {constants, static_cast<float>(factors->gradient),
-                     static_cast<float>(factors->step_size), static_cast<float>(factors->decay),
-                     static_cast<float>(factors->inverse_root)};
   const int index = batch.find(blockIdx.x);
+  const AdamWFactors& wide = factors[index];
+  if (wide.skip != 0.0) return;
+  const Factors f = {constants, static_cast<float>(wide.gradient),
+                     static_cast<float>(wide.step_size), static_cast<float>(wide.decay),
+                     static_cast<float>(wide.inverse_root)};
   const AdamWTensor& tensor = batch.tensors[index];
   const int64_t begin = int64_t{static_cast<int>(blockIdx.x) - batch.first_chunk[index]} * chunk;
   const bool wide_value = tensor.master != nullptr || tensor.parameter_dtype == DType::float32;
@@ -184,26 +189,28 @@ void run(const AdamWStep& args, Stream stream) {
     REDLINE_CHECK(args.tensors[i].parameter_dtype != DType::float64,
                   "adamw_step: parameters: no kernel for float64");
   }
-  auto* const factors = args.factors.as<AdamWFactors>();
-  const Begin begin = {.learning_rate = args.learning_rate.data,
-                       .learning_rate_is_float64 = args.learning_rate.dtype == DType::float64,
-                       .step = args.step.as<float>(),
-                       .clip_coefficient = args.clip_coefficient.as<const float>(),
-                       .grad_scale = args.grad_scale.as<const float>(),
-                       .found_inf = args.found_inf.as<const float>(),
-                       .factors = factors,
-                       .beta1 = args.beta1,
-                       .beta2 = args.beta2,
-                       .weight_decay = args.weight_decay};
-  launch(begin_kernel, {.grid = dim3(1), .block = dim3(1), .stream = stream}, begin);
+  const Scalars scalars = {.learning_rate = args.learning_rate.data,
+                           .learning_rate_is_float64 = args.learning_rate.dtype == DType::float64,
+                           .clip_coefficient = args.clip_coefficient.as<const float>(),
+                           .grad_scale = args.grad_scale.as<const float>(),
+                           .found_inf = args.found_inf.as<const float>(),
+                           .beta1 = args.beta1,
+                           .beta2 = args.beta2,
+                           .weight_decay = args.weight_decay};
   const Constants constants = {static_cast<float>(1.0 - args.beta1),
                                static_cast<float>(1.0 - args.beta2),
                                static_cast<float>(args.epsilon)};
-  for_batches<Batch>(args.tensors, args.tensor_count, chunk, [&](const Batch& batch, int64_t) {
-    launch(update_kernel,
-           {.grid = dim3(batch.first_chunk[batch.size]), .block = dim3(threads), .stream = stream},
-           batch, factors, constants);
-  });
+  for_batches<Batch>(
+      args.tensors, args.tensor_count, chunk, [&](const Batch& batch, BatchStart start) {
+        AdamWFactors* const factors = args.factors.as<AdamWFactors>() + start.tensor;
+        launch(begin_kernel,
+               {.grid = dim3(ceil_div(batch.size, 64)), .block = dim3(64), .stream = stream}, batch,
+               scalars, factors);
+        launch(
+            update_kernel,
+            {.grid = dim3(batch.first_chunk[batch.size]), .block = dim3(threads), .stream = stream},
+            batch, factors, constants);
+      });
 }
 
 }  // namespace redline

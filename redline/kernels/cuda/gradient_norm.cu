@@ -149,10 +149,10 @@ void run(const GradientNorm& args, Stream stream) {
   const GradientList& list = args.gradients;
   check_built("gradient_norm", list);
   auto* const partial = args.partial.as<double>();
-  for_batches<Batch>(list.tensors, list.tensor_count, gradient_chunk,
-                     [&](const Batch& batch, int64_t first) {
-                       launch(sum_squares_kernel, config(batch, stream), batch, partial + first);
-                     });
+  for_batches<Batch>(
+      list.tensors, list.tensor_count, gradient_chunk, [&](const Batch& batch, BatchStart start) {
+        launch(sum_squares_kernel, config(batch, stream), batch, partial + start.chunk);
+      });
   launch(finish_kernel, {.grid = dim3(1), .block = dim3(finish_threads), .stream = stream}, partial,
          args.partial.sizes[0], args.norm.as<float>());
 }
@@ -169,7 +169,7 @@ void run(const ScaleGradients& args, Stream stream) {
   const GradientList& list = args.gradients;
   check_built("scale_gradients", list);
   for_batches<Batch>(
-      list.tensors, list.tensor_count, gradient_chunk, [&](const Batch& batch, int64_t) {
+      list.tensors, list.tensor_count, gradient_chunk, [&](const Batch& batch, BatchStart) {
         launch(scale_kernel, config(batch, stream), batch, args.coefficient.as<const float>());
       });
 }

@@ -20,7 +20,7 @@ struct TensorBatch {
   int first_chunk[Capacity + 1];  // of each tensor, and the number of chunks behind the last
   int size;
 
-  // The tensor that a chunk of the batch lies in.
+  // The tensor that a chunk of the batch lies in: never an empty one.
   __device__ __forceinline__ int find(int chunk) const {
     int low = 0, high = size;  // first_chunk[low] <= chunk < first_chunk[high]
     while (high - low > 1) {
@@ -31,22 +31,25 @@ struct TensorBatch {
   }
 };
 
-// Calls launch_batch(batch, first) for the list in batches; `first` counts the chunks before it.
-// Empty tensors are left out.
+// Where a batch lies in the list.
+struct BatchStart {
+  int64_t tensor, chunk;
+};
+
+// Calls launch_batch(batch, start) for the list in batches.
 template <typename Batch, typename Entry, typename Launch>
 void for_batches(const Entry* tensors, int64_t count, int64_t chunk_size, Launch launch_batch) {
   Batch batch;
   batch.size = 0;
   batch.first_chunk[0] = 0;
-  int64_t first = 0;
+  BatchStart start = {};
   const auto flush = [&] {
-    const int chunks = batch.first_chunk[batch.size];
-    if (chunks > 0) launch_batch(batch, first);
-    first += chunks;
+    if (batch.size > 0) launch_batch(batch, start);
+    start.tensor += batch.size;
+    start.chunk += batch.first_chunk[batch.size];
     batch.size = 0;
   };
   for (int64_t i = 0; i < count; ++i) {
-    if (tensors[i].count == 0) continue;
     const int64_t chunks = batch.first_chunk[batch.size] + ceil_div(tensors[i].count, chunk_size);
     REDLINE_CHECK(chunks < INT32_MAX, "tensor list: expected fewer than 2^31 chunks, not ", chunks);
     batch.tensors[batch.size++] = tensors[i];
