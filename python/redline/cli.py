@@ -1,4 +1,5 @@
 """The command line: `redline dyno`, `redline doctor`, `redline --version`."""
+# Over budget: parameters: typer reads the command line from the signature.
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The dyno: a GPT trained with stock and with tuned parts, and every part measured, in one report."""
+"""The dyno: a GPT trained with stock and with tuned parts, and every part measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One part through the new address and through the old one: the warning as printed, the same bits."""
+"""One part through the new address and through the old: the warning as printed, the bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every part that the dyno measures: its stock form, its tuned form, and the work it cannot avoid."""
+"""Every part that is measured: its stock form, its tuned form, the work it cannot avoid."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ TRIM_THRESHOLD = (1 << 31) - 1
 def set_allocator() -> str:
     """Keeps freed pages in the process, for the whole job, and says so in one sentence.
 
-    By default glibc maps and unmaps every large tensor, so that the kernel clears its pages anew each
-    time; that cost is the allocator's, not the part's, and differs by size alone.
+    By default glibc maps and unmaps every large tensor, so that the kernel clears its pages anew;
+    that cost is the allocator's, not the part's, and differs by size alone.
     """
     try:
         libc = ctypes.CDLL(None)
@@ -33,7 +33,7 @@ def set_allocator() -> str:
         kept = 0
     if not kept:
         return "the C library's default (no mallopt here)"
-    return "glibc malloc, mmap threshold 1 GiB and trim threshold 2 GiB: freed pages stay in the process"
+    return "glibc malloc, mmap threshold 1 GiB, trim threshold 2 GiB: freed pages stay"
 
 
 def describe_machine(device: torch.device, allocator: str) -> dict:

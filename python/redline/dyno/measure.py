@@ -97,7 +97,7 @@ def spread(times: list[float]) -> float:
 def saved_bytes(call: Callable[[], object], excluded: Iterable[Tensor]) -> int:
     """Bytes of the storages that autograd keeps between forward and backward.
 
-    Python and C++ nodes alike save through these hooks. `excluded` are the tensors that live anyway: the
+    Python and C++ nodes alike save through these hooks. `excluded` live anyway: the
     parameters. An input counts: it would be free by then if the part did not keep it.
     """
     ignored = {t.untyped_storage().data_ptr() for t in excluded}
@@ -143,8 +143,8 @@ class Profiled:
 def profiled(run: Callable[[], object], device: torch.device) -> Profiled:
     """Runs once; everything that `run` allocates, the model included, counts for the peak.
 
-    On the CPU the peak is the highest running sum of the allocator's own events; on CUDA the caching
-    allocator's counter. Memory that MKL and oneDNN take for themselves is in neither.
+    On the CPU the peak is the highest running sum of the allocator's own events; on CUDA it is the
+    caching allocator's counter. Memory that MKL and oneDNN take for themselves is in neither.
     """
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
@@ -155,10 +155,7 @@ def profiled(run: Callable[[], object], device: torch.device) -> Profiled:
     with profile(activities=activities, profile_memory=not cuda, acc_events=True) as profiler:
         result = run()
     del result
-    if cuda:
-        peak = torch.cuda.max_memory_allocated(device) - before
-    else:
-        peak = _highest_sum(profiler)
+    peak = torch.cuda.max_memory_allocated(device) - before if cuda else _highest_sum(profiler)
     return Profiled(peak, _shares(profiler, cuda))
 
 

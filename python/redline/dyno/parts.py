@@ -49,6 +49,9 @@ class Row:
             return None
         return times[middle] if len(times) % 2 else (times[middle - 1] + times[middle]) / 2
 
+    def spreads(self) -> dict[str, float]:
+        return {variant: spread(times) for variant, times in self.times.items() if times}
+
     def speedup(self, over: str = "stock") -> float | None:
         other, tuned = self.median_us(over), self.median_us("tuned")
         return other / tuned if other and tuned else None
@@ -61,8 +64,7 @@ class Row:
     def as_dict(self) -> dict:
         described = {key: getattr(self, key) for key in ("name", "direction", "shape", "dtype")}
         described |= {f"{v}_us": self.median_us(v) for v in VARIANTS}
-        spreads = {v: spread(self.times[v]) if self.times.get(v) else None for v in VARIANTS}
-        described["spread"] = spreads
+        described["spread"] = max(self.spreads().values(), default=None)
         described |= {f"{v}_saved_bytes": self.saved.get(v) for v in VARIANTS}
         described |= {f"{v}_error": self.errors.get(v) for v in VARIANTS}
         return described | {"of_redline": self.of_redline}
@@ -86,7 +88,7 @@ def why_no_compiler(device: torch.device) -> str | None:
 def measure_parts(
     setting: Setting, compile_limit: int, on_progress: Callable[[str], None]
 ) -> list[Row]:
-    """Every part in every direction; torch.compile for the first `compile_limit` that ask for it."""
+    """Every part in every direction; the first `compile_limit` that ask for it compiled too."""
     rows = []
     wanted = [part.name for part in CATALOGUE if part.compiled][:compile_limit]
     for part in CATALOGUE:
@@ -139,7 +141,7 @@ def _add_compiled(calls: dict[str, Callable], case: Case, setting: Setting) -> s
             sample.run(compiled, case, backward=case.differentiable)
             with torch.no_grad():
                 compiled(*sample.inputs)
-        except Exception as error:  # noqa: BLE001  (a compiler fails in any way; it is reported)
+        except Exception as error:
             reason = f"torch.compile failed: {str(error).strip().splitlines()[0][:120]}"
         else:
             calls["compiled"] = compiled

@@ -1,4 +1,4 @@
-"""The plots: matplotlib draws each once per theme for PNG, and once in CSS variables for the page."""
+"""The plots: drawn once per theme for PNG, and once in CSS variables for the page."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .parts import Row
 # Each role has a colour of its own, so that the page can put a CSS variable in its place.
 ROLES = ("ink", "soft", "line", "stock", "compiled", "tuned", "ceiling")
 LIGHT = dict(zip(ROLES, (
-    "#1a1c1e", "#62676c", "#dcdfe2", "#8a9097", "#b9a06a", "#0f766e", "#c8102e"), strict=True))  # fmt: skip
+    "#1a1c1e", "#62676c", "#dcdfe2", "#8a9097", "#b9a06a", "#0f766e", "#c8102e")))  # fmt: skip
 DARK = dict(zip(ROLES, (
-    "#eceef0", "#9aa1a8", "#33383d", "#79818a", "#a78f58", "#2dd4bf", "#ff5a67"), strict=True))  # fmt: skip
+    "#eceef0", "#9aa1a8", "#33383d", "#79818a", "#a78f58", "#2dd4bf", "#ff5a67")))  # fmt: skip
 WIDTH = 5.2  # inches: its text stays readable on a phone
 
 
@@ -123,7 +123,9 @@ def themed_svg(name: str, make: Callable[[dict[str, str]], Figure]) -> str:
     for role, colour in LIGHT.items():
         svg = svg.replace(colour, f"var(--{role})")
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)  # ids are page-wide
-    return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r' height="[\d.]+pt"', "", svg, 1))
+    return re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r' height="[\d.]+pt"', "", svg, count=1)
+    )
 
 
 def write_pngs(folder: Path, figures: dict[str, Callable]) -> None:

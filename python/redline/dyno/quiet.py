@@ -1,9 +1,9 @@
 """Whether other programs took the processor while a clock ran.
 
-Interleaving shares what slows the whole machine; a program that takes one core does not slow all parts
-alike. Measured on 2 cores, stock RMSNorm against tuned, forward: 2.5 to 3.4 on a quiet machine, 4.4 to
-5.3 beside one busy program; forward and backward together: 4.5 to 5.2 and 4.2 to 5.0. Such a ratio is
-no claim, so those rounds are thrown away, and said to be disturbed where no others are left.
+Interleaving shares what slows the whole machine; a program that takes one core does not slow all
+parts alike. Measured on 2 cores, stock RMSNorm against tuned, forward: 2.5 to 3.4 on a quiet
+machine, 4.4 to 5.3 beside one busy program; with backward: 4.5 to 5.2 and 4.2 to 5.0. Such a ratio
+is no claim, so those rounds are thrown away, and said to be disturbed where no others are left.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The report: one self-contained page, the plots as PNG, and dyno.json, written aside and renamed."""
+"""The report: one self-contained page, plots as PNG and dyno.json, written aside and renamed."""
 
 from __future__ import annotations
 

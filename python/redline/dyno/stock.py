@@ -1,8 +1,8 @@
 """The stock side of the dyno: a Llama-style GPT written with what torch ships, and nothing else.
 
-Each part is written as a careful PyTorch user would: packed projections, scaled_dot_product_attention,
-fused AdamW. The tuned model has the same products in the same shapes, so that what differs between the
-two is what Redline claims to change.
+Each part is written as a careful PyTorch user would: packed projections, fused AdamW and
+scaled_dot_product_attention. The tuned model has the same products in the same shapes, so that what
+differs between the two is what Redline claims to change.
 """
 
 from __future__ import annotations
