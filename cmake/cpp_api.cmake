@@ -26,3 +26,5 @@ endfunction()
 
 add_cpp_program(train_gpt examples/cpp/adamw.cpp examples/cpp/json.cpp
                 examples/cpp/safetensors.cpp examples/cpp/train_gpt.cpp)
+add_cpp_program(layer_outputs examples/cpp/json.cpp examples/cpp/safetensors.cpp
+                tests/cpp/layer_outputs.cpp)

@@ -109,12 +109,18 @@ class Parser {
 
   char escaped() {
     switch (next()) {
-      case '"': return '"';
-      case '\\': return '\\';
-      case '/': return '/';
-      case 'n': return '\n';
-      case 't': return '\t';
-      default: fail();
+      case '"':
+        return '"';
+      case '\\':
+        return '\\';
+      case '/':
+        return '/';
+      case 'n':
+        return '\n';
+      case 't':
+        return '\t';
+      default:
+        fail();
     }
   }
 

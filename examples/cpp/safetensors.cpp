@@ -27,28 +27,31 @@ const std::string& name_of(torch::ScalarType dtype) {
   throw std::runtime_error(std::string("no safetensors dtype for ") + c10::toString(dtype));
 }
 
+void append(std::string& list, const std::string& item) {
+  if (!list.empty()) list += ',';
+  list += item;
+}
+
+// The entry of a tensor whose bytes start at `offset`.
+std::string entry_of(const torch::Tensor& tensor, uint64_t offset) {
+  std::string sizes;
+  for (const int64_t size : tensor.sizes()) append(sizes, std::to_string(size));
+  return "{\"dtype\":\"" + name_of(tensor.scalar_type()) + "\",\"shape\":[" + sizes +
+         "],\"data_offsets\":[" + std::to_string(offset) + ',' +
+         std::to_string(offset + tensor.nbytes()) + "]}";
+}
+
 std::string header_of(const File& file) {
-  std::string header = "{\"__metadata__\":{";
-  std::string comma;
-  for (const auto& [key, value] : file.metadata) {
-    header += comma + json::quote(key) + ':' + json::quote(value);
-    comma = ",";
-  }
-  header += '}';
+  std::string words;
+  for (const auto& [key, value] : file.metadata)
+    append(words, json::quote(key) + ':' + json::quote(value));
+  std::string entries = "\"__metadata__\":{" + words + '}';
   uint64_t offset = 0;
   for (const auto& [name, tensor] : file.tensors) {
-    header += ',' + json::quote(name) + ":{\"dtype\":\"" + name_of(tensor.scalar_type()) +
-              "\",\"shape\":[";
-    comma.clear();
-    for (const int64_t size : tensor.sizes()) {
-      header += comma + std::to_string(size);
-      comma = ",";
-    }
-    header += "],\"data_offsets\":[" + std::to_string(offset);
+    append(entries, json::quote(name) + ':' + entry_of(tensor, offset));
     offset += tensor.nbytes();
-    header += ',' + std::to_string(offset) + "]}";
   }
-  header += '}';
+  std::string header = '{' + entries + '}';
   header.resize((header.size() + length_bytes - 1) / length_bytes * length_bytes, ' ');
   return header;
 }

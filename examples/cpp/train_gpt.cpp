@@ -19,10 +19,13 @@ using torch::Tensor;
 constexpr const char* format = "redline.train_gpt";
 
 struct Arguments {
-  std::map<std::string, std::string> words = {{"text", ""}, {"tokens", ""}, {"device", "cpu"},
-                                              {"checkpoint", ""}, {"learning-rate", "1e-3"}};
+  std::map<std::string, std::string> words = {{"text", ""},
+                                              {"tokens", ""},
+                                              {"device", "cpu"},
+                                              {"checkpoint", ""},
+                                              {"learning-rate", "1e-3"}};
   std::map<std::string, int64_t> sizes = {
-      {"steps", 100}, {"batch", 4},    {"sequence", 128}, {"vocabulary", 256}, {"layers", 2},
+      {"steps", 100},  {"batch", 4}, {"sequence", 128}, {"vocabulary", 256}, {"layers", 2},
       {"hidden", 128}, {"ffn", 352}, {"heads", 4},      {"kv-heads", 2},     {"seed", 1}};
 
   int64_t operator[](const char* name) const { return sizes.at(name); }
@@ -37,6 +40,14 @@ int64_t whole_number(const std::string& name, const char* text) {
   const int64_t value = std::strtoll(text, &end, 10);
   if (errno || end == text || *end || value < 0)
     refuse("--" + name + ": expected a whole number, not " + text);
+  return value;
+}
+
+double positive_number(const std::string& name, const std::string& text) {
+  char* end = nullptr;
+  const double value = std::strtod(text.c_str(), &end);
+  if (end == text.c_str() || *end || !(value > 0))
+    refuse("--" + name + ": expected a positive number, not " + text);
   return value;
 }
 
@@ -143,9 +154,8 @@ struct Run {
 
 void save_checkpoint(const Run& run) {
   safetensors::File file;
-  file.metadata = {{"format", format},
-                   {"step", std::to_string(run.step)},
-                   {"shape", shape_of(run.arguments)}};
+  file.metadata = {
+      {"format", format}, {"step", std::to_string(run.step)}, {"shape", shape_of(run.arguments)}};
   for (const auto& named : run.model->named_parameters()) {
     file.tensors["model." + named.key()] = named.value();
     for (const auto& [key, tensor] : run.optimizer.state_of(named.value()))
@@ -165,7 +175,8 @@ void load_checkpoint(Run& run) {
   const auto fill = [&](Tensor& into, const std::string& name) {
     const auto found = file.tensors.find(name);
     if (found == file.tensors.end() || found->second.sizes() != into.sizes())
-      refuse(path + ": not a checkpoint of this model: " + name + " is missing or has another shape");
+      refuse(path + ": not a checkpoint of this model: " + name +
+             " is missing or has another shape");
     into.copy_(found->second);
   };
   for (auto& named : run.model->named_parameters()) {
@@ -177,7 +188,7 @@ void load_checkpoint(Run& run) {
 }
 
 void train(Run& run, const Tensor& tokens) {
-  const std::string checkpoint = run.arguments.word("checkpoint");
+  const std::string& checkpoint = run.arguments.word("checkpoint");
   if (!checkpoint.empty() && std::filesystem::exists(checkpoint)) load_checkpoint(run);
   while (run.step < run.arguments["steps"]) {
     const Batch batch = batch_of(tokens, run.step, run.arguments);
@@ -199,7 +210,7 @@ int main(int count, char** values) {
     const Arguments arguments = parse_arguments(count, values);
     const Tensor tokens = read_tokens(arguments);
     auto model = build(arguments);
-    const double learning_rate = std::stod(arguments.word("learning-rate"));
+    const double learning_rate = positive_number("learning-rate", arguments.word("learning-rate"));
     AdamW optimizer(model->parameters(), learning_rate);
     Run run{.arguments = arguments, .model = model, .optimizer = std::move(optimizer)};
     train(run, tokens);

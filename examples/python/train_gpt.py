@@ -116,7 +116,9 @@ def load_checkpoint(path, model, optimizer, args):
     except (safetensors.SafetensorError, OSError) as error:
         raise Fault(f"{path}: not a whole safetensors file: {error}") from None
     if metadata.get("format") != FORMAT:
-        raise Fault(f"{path}: not a checkpoint of train_gpt: its format is {metadata.get('format')}")
+        raise Fault(
+            f"{path}: not a checkpoint of train_gpt: its format is {metadata.get('format')}"
+        )
     if metadata.get("shape") != shape_of(args):
         raise Fault(f"{path}: expected {shape_of(args)}, not {metadata.get('shape')}")
     state = {}

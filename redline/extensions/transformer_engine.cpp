@@ -88,21 +88,22 @@ TEDotProductAttentionImpl::TEDotProductAttentionImpl(const TEDotProductAttention
     : options(options) {
   check_one_rank("TEDotProductAttention", options.config);
   const std::string& mask = options.attn_mask_type;
-  TORCH_CHECK_VALUE(
-      mask == "causal" || mask == "causal_bottom_right" || mask == "no_mask",
-      "TEDotProductAttention: attn_mask_type: expected causal, causal_bottom_right or no_mask, not ",
-      mask);
+  TORCH_CHECK_VALUE(mask == "causal" || mask == "causal_bottom_right" || mask == "no_mask",
+                    "TEDotProductAttention: attn_mask_type: expected causal, causal_bottom_right "
+                    "or no_mask, not ",
+                    mask);
 }
 
 Tensor TEDotProductAttentionImpl::forward(const Tensor& q, const Tensor& k, const Tensor& v) {
   TORCH_CHECK_VALUE(options.attn_mask_type != "causal" || q.size(0) == k.size(0),
                     "TEDotProductAttention: attn_mask_type: expected causal_bottom_right for ",
                     q.size(0), " queries and ", k.size(0), " keys, not causal");
-  return layers::attend_sequence_first(q, k, v,
-                                       {.causal = options.attn_mask_type != "no_mask",
-                                        .scale = options.softmax_scale,
-                                        .window = options.config.window_size,
-                                        .dropout = is_training() ? options.config.attention_dropout : 0.0});
+  return layers::attend_sequence_first(
+      q, k, v,
+      {.causal = options.attn_mask_type != "no_mask",
+       .scale = options.softmax_scale,
+       .window = options.config.window_size,
+       .dropout = is_training() ? options.config.attention_dropout : 0.0});
 }
 
 }  // namespace redline::extensions

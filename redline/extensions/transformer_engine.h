@@ -1,5 +1,5 @@
-// Megatron-Core's Transformer Engine names over Redline's layers, for LibTorch. One rank: what is not
-// built is refused in one sentence.
+// Megatron-Core's Transformer Engine names over Redline's layers, for LibTorch. One rank: what is
+// not built is refused in one sentence.
 #pragma once
 
 #include "redline/layers/linear.h"

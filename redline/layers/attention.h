@@ -15,14 +15,14 @@ struct AttentionOptions {
   int64_t head_dim = 0;  // 0: hidden_size / heads
   bool bias = false;
   bool causal = true;
-  std::optional<std::array<int64_t, 2>> window;  // keys kept before and after the query's own
+  std::optional<std::array<int64_t, 2>> window = {};  // keys kept before and after the query's own
   bool qk_norm = false;
   RotaryOptions rotary = {};
   NormOptions norm = {};
 };
 
-// Where the tokens stand: positions for rotary; cu_seqlens [sequences + 1] int32 for sequences packed
-// into [tokens, hidden_size], with the longest sequence's length where it is known.
+// Where the tokens stand: positions for rotary; cu_seqlens [sequences + 1] int32 for sequences
+// packed into [tokens, hidden_size], with the longest sequence's length where it is known.
 struct Packing {
   std::optional<Tensor> positions = {};
   std::optional<Tensor> cu_seqlens = {};
@@ -36,8 +36,8 @@ struct CoreAttentionOptions {
   double dropout = 0.0;
 };
 
-// softmax(scale q k^T) v with the sequence first: q [s, b, heads, d], k and v [s, b, kv_heads, d] ->
-// [s, b, heads d].
+// softmax(scale q k^T) v with the sequence first: q [s, b, heads, d], k and v [s, b, kv_heads, d]
+// -> [s, b, heads d].
 Tensor attend_sequence_first(const Tensor& q, const Tensor& k, const Tensor& v,
                              const CoreAttentionOptions& options);
 

@@ -11,15 +11,14 @@ GPTImpl::GPTImpl(const GPTOptions& options) : options(options) { reset(); }
 
 void GPTImpl::reset() {
   const int64_t hidden = options.layer.attention.hidden_size;
-  embedding = register_module("embedding", Embedding({.num_embeddings = options.vocabulary,
-                                                      .embedding_dim = hidden}));
+  embedding = register_module(
+      "embedding", Embedding({.num_embeddings = options.vocabulary, .embedding_dim = hidden}));
   layers = register_module("layers", torch::nn::ModuleList());
   for (int64_t i = 0; i < options.layers; ++i) layers->push_back(TransformerLayer(options.layer));
   final_norm = register_module("final_norm", Norm(hidden, options.layer.norm));
   if (!options.tied)
-    head = register_module("head", Linear({.in_features = hidden,
-                                           .out_features = options.vocabulary,
-                                           .bias = false}));
+    head = register_module(
+        "head", Linear({.in_features = hidden, .out_features = options.vocabulary, .bias = false}));
   reset_parameters();
 }
 

@@ -30,8 +30,7 @@ void LinearImpl::reset() {
 
 Tensor LinearImpl::forward(const Tensor& x) { return torch::linear(x, weight, bias); }
 
-LayerNormLinearImpl::LayerNormLinearImpl(const LayerNormLinearOptions& options)
-    : options(options) {
+LayerNormLinearImpl::LayerNormLinearImpl(const LayerNormLinearOptions& options) : options(options) {
   reset();
 }
 

@@ -15,8 +15,9 @@ struct LayerNormMLPOptions {
   NormOptions norm = {};
 };
 
-// y = act(norm(x) W1^T + b1) W2^T + b2; layer_norm_weight [hidden], fc1_weight [ffn, hidden] or, for a
-// gated activation, [gate; linear] [2 ffn, hidden], fc2_weight [hidden, ffn], and their biases.
+// y = act(norm(x) W1^T + b1) W2^T + b2; layer_norm_weight [hidden], fc1_weight [ffn, hidden] or,
+// for a gated activation, [gate; linear] [2 ffn, hidden], fc2_weight [hidden, ffn], and their
+// biases.
 class LayerNormMLPImpl : public torch::nn::Cloneable<LayerNormMLPImpl> {
  public:
   explicit LayerNormMLPImpl(const LayerNormMLPOptions& options);

@@ -37,15 +37,15 @@ Tensor RMSNormImpl::forward(const Tensor& x) {
 }
 
 std::tuple<Tensor, Tensor> RMSNormImpl::forward_residual(const Tensor& x, const Tensor& residual) {
-  return ops::residual_rms_norm(x, residual, given(weight), options.epsilon,
-                                options.zero_centered);
+  return ops::residual_rms_norm(x, residual, given(weight), options.epsilon, options.zero_centered);
 }
 
 LayerNormImpl::LayerNormImpl(const LayerNormOptions& options) : options(options) { reset(); }
 
 void LayerNormImpl::reset() {
   if (options.affine) weight = register_parameter("weight", torch::empty({options.dim}));
-  if (options.affine && options.bias) bias = register_parameter("bias", torch::empty({options.dim}));
+  if (options.affine && options.bias)
+    bias = register_parameter("bias", torch::empty({options.dim}));
   reset_gain({.weight = weight, .bias = bias}, options.zero_centered);
 }
 

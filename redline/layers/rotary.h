@@ -6,7 +6,7 @@
 namespace redline::layers {
 
 struct RotaryOptions {
-  std::optional<int64_t> dim;  // of each head; absent: the whole head; 0: no rotation
+  std::optional<int64_t> dim = {};  // of each head; absent: the whole head; 0: no rotation
   double base = 10000.0;
   int64_t max_positions = 4096;
 };

@@ -15,7 +15,7 @@ struct CrossEntropyOptions {
   int64_t ignore_index = -100;
   double label_smoothing = 0;
   double z_loss = 0;  // adds z_loss * log_sum_exp^2
-  std::optional<double> logit_softcap;
+  std::optional<double> logit_softcap = {};
   // Backward writes the gradient over the logits, which then no longer hold them: refused on leaf
   // tensors, and an error in any other backward that wanted the logits. Without effect under
   // tracing, where the compiler places buffers.

@@ -1,4 +1,5 @@
 """GPT: embedding, layers, final norm, and a head or the loss."""
+# Over budget: parameters: the seven that say a model's shape may come without names.
 
 import math
 
@@ -28,9 +29,9 @@ class GPT(torch.nn.Module):
         ffn_hidden_size,
         layers,
         heads,
-        *,
         kv_heads=None,
         tied=False,
+        *,
         normalization="RMSNorm",
         eps=1e-5,
         zero_centered=False,

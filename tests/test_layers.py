@@ -1,0 +1,340 @@
+"""The layers: float64 truth composed from reference.py, the manners of nn.Module, C++'s bits."""
+
+import copy
+import functools
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from redline.layers import (
+    GPT,
+    Attention,
+    Embedding,
+    LayerNorm,
+    LayerNormLinear,
+    LayerNormMLP,
+    Linear,
+    RMSNorm,
+    TransformerLayer,
+)
+from reference_layers import truth
+from tolerance import assert_close
+
+HIDDEN, FFN, HEADS, KV_HEADS = 16, 24, 4, 2
+
+LAYERS = {
+    "RMSNorm": functools.partial(RMSNorm, HIDDEN, 1e-6),
+    "LayerNorm": functools.partial(LayerNorm, HIDDEN, zero_centered=True),
+    "Linear": functools.partial(Linear, HIDDEN, 5),
+    "LayerNormLinear": functools.partial(LayerNormLinear, HIDDEN, 5, normalization="LayerNorm"),
+    "LayerNormMLP": functools.partial(LayerNormMLP, HIDDEN, FFN),
+    "LayerNormMLP-gelu": functools.partial(LayerNormMLP, HIDDEN, FFN, activation="gelu"),
+    "Attention": functools.partial(Attention, HIDDEN, HEADS, KV_HEADS, bias=True),
+    "Attention-qk_norm": functools.partial(Attention, HIDDEN, HEADS, qk_norm=True, rotary_dim=2),
+    "TransformerLayer": functools.partial(TransformerLayer, HIDDEN, FFN, HEADS, KV_HEADS),
+}
+NAMES = {
+    "RMSNorm": ["weight"],
+    "LayerNorm": ["weight", "bias"],
+    "Linear": ["weight", "bias"],
+    "LayerNormLinear": ["layer_norm_weight", "layer_norm_bias", "weight", "bias"],
+    "LayerNormMLP": ["layer_norm_weight", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"],
+    "LayerNormMLP-gelu": ["layer_norm_weight", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"],
+    "Attention": [
+        "layernorm_qkv.layer_norm_weight",
+        "layernorm_qkv.weight",
+        "layernorm_qkv.bias",
+        "proj.weight",
+        "proj.bias",
+    ],
+    "Attention-qk_norm": [
+        "layernorm_qkv.layer_norm_weight",
+        "layernorm_qkv.weight",
+        "q_norm.weight",
+        "k_norm.weight",
+        "proj.weight",
+    ],
+    "TransformerLayer": [
+        "self_attention.layernorm_qkv.layer_norm_weight",
+        "self_attention.layernorm_qkv.weight",
+        "self_attention.proj.weight",
+        "layernorm_mlp.layer_norm_weight",
+        "layernorm_mlp.fc1_weight",
+        "layernorm_mlp.fc2_weight",
+    ],
+}
+GPTS = {
+    "GPT": functools.partial(GPT, 31, HIDDEN, FFN, 2, HEADS, KV_HEADS),
+    "GPT-tied": functools.partial(GPT, 31, HIDDEN, FFN, 2, HEADS, KV_HEADS, tied=True),
+}
+
+
+def seeded(make):
+    """A layer and its input, from the numbers that tests/cpp/layer_outputs.cpp draws too."""
+    torch.manual_seed(1)
+    return make(), torch.randn(2, 7, HIDDEN, requires_grad=True)
+
+
+layers = pytest.mark.parametrize("name", LAYERS)
+gpts = pytest.mark.parametrize("name", GPTS)
+
+
+@layers
+def test_forward_and_backward(name):
+    layer, x = seeded(LAYERS[name])
+    y = layer(x)
+    upstream = torch.randn_like(y)
+    ours = torch.autograd.grad(y, [x, *layer.parameters()], upstream)
+    p = {k: v.detach().double().requires_grad_() for k, v in layer.named_parameters()}
+    wide = x.detach().double().requires_grad_()
+    expected = truth(layer, wide, p)
+    # Stored between x and y: at most ten; each product adds a sum of HIDDEN to 2 FFN terms.
+    assert_close(y, expected, roundings=10, sums=16)
+    theirs = torch.autograd.grad(expected, [wide, *p.values()], upstream.double())
+    for what, grad, true in zip(["x", *p], ours, theirs, strict=True):
+        assert_close(grad, true, roundings=20, sums=32, what=f"{what}_grad")
+
+
+@layers
+def test_parameter_names(name):
+    layer = LAYERS[name]()
+    assert list(layer.state_dict()) == NAMES[name]
+    assert [n for n, _ in layer.named_parameters()] == NAMES[name]
+
+
+def test_torch_subclasses():
+    assert isinstance(RMSNorm(4), torch.nn.RMSNorm)
+    assert isinstance(LayerNorm(4), torch.nn.LayerNorm)
+    assert isinstance(Linear(4, 4), torch.nn.Linear)
+    assert isinstance(Embedding(4, 4), torch.nn.Embedding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(6,), (3, 2)])
+def test_norm_means_what_torch_means(dtype, shape):
+    x = torch.randn(5, *shape, dtype=dtype) * 1e-3
+    ours, stock = RMSNorm(shape, dtype=dtype), torch.nn.RMSNorm(shape, dtype=dtype)
+    assert_close(ours(x), stock(x).double(), roundings=2)
+    ours, stock = LayerNorm(shape, dtype=dtype), torch.nn.LayerNorm(shape, dtype=dtype)
+    assert_close(ours(x), stock(x).double(), roundings=2)
+
+
+@pytest.mark.parametrize("name", ["RMSNorm", "LayerNorm", "LayerNormLinear", "LayerNormMLP"])
+def test_residual_is_the_sum_first(name):
+    layer, x = seeded(LAYERS[name])
+    residual = torch.randn_like(x)
+    y, total = layer(x, residual)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(y, layer(x + residual))
+
+
+def test_residual_crosses_the_layer_boundary():
+    torch.manual_seed(1)
+    first, second = LAYERS["TransformerLayer"](), LAYERS["TransformerLayer"]()
+    x = torch.randn(2, 7, HIDDEN)
+    y, residual = second.forward_residual(*first.forward_residual(x))
+    assert torch.equal(y + residual, second(first(x)))
+
+
+@layers
+def test_deepcopy(name):
+    layer, x = seeded(LAYERS[name])
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x), layer(x))
+    with torch.no_grad():
+        next(twin.parameters()).add_(1.0)
+    assert not torch.equal(next(twin.parameters()), next(layer.parameters()))
+
+
+@layers
+def test_to_bfloat16_and_back(name):
+    layer, x = seeded(LAYERS[name])
+    assert layer.to(torch.bfloat16) is layer
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    assert all(buffer.dtype == torch.float32 for buffer in layer.buffers())
+    assert layer.double()(x.double()).dtype == torch.float64
+
+
+@layers
+def test_hooks_and_state_dict(name):
+    layer, x = seeded(LAYERS[name])
+    seen = []
+    layer.register_forward_pre_hook(lambda *_: seen.append("before"))
+    layer.register_forward_hook(lambda *_: seen.append("after"))
+    layer.register_full_backward_hook(lambda *_: seen.append("backward"))
+    layer(x).sum().backward()
+    assert seen == ["before", "after", "backward"]
+    other = LAYERS[name]()
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), layer(x))
+
+
+@layers
+@pytest.mark.parametrize("assign", [True, False])
+def test_meta(name, assign):
+    layer, x = seeded(LAYERS[name])
+    with torch.device("meta"):
+        empty = LAYERS[name]()
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    assert empty(x.to("meta")).shape == layer(x).shape
+    if not assign:
+        empty.to_empty(device="cpu")
+    empty.load_state_dict(layer.state_dict(), assign=assign)
+    assert torch.equal(empty(x), layer(x))
+
+
+@layers
+def test_compile(name):
+    layer, x = seeded(LAYERS[name])
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), layer(x))
+    ours = torch.autograd.grad(compiled(x).sum(), x)[0]
+    assert torch.equal(ours, torch.autograd.grad(layer(x).sum(), x)[0])
+
+
+@gpts
+def test_gpt_compiles(name):
+    torch.manual_seed(1)
+    gpt, tokens = GPTS[name](), torch.randint(31, (2, 9))
+    torch._dynamo.reset()
+    compiled = torch.compile(gpt, fullgraph=True, backend="aot_eager")
+    grads = []
+    for model in (gpt, compiled):
+        gpt.zero_grad()
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        grads.append([loss.detach(), *(p.grad.clone() for p in gpt.parameters())])
+    for ours, compiled_grad in zip(*grads, strict=True):
+        assert torch.equal(ours, compiled_grad)
+
+
+def test_gpt_under_inductor():
+    torch.manual_seed(1)
+    gpt, tokens = GPTS["GPT"](), torch.randint(31, (2, 9))
+    torch._dynamo.reset()
+    try:
+        loss = torch.compile(gpt, fullgraph=True)(tokens[:, :-1], tokens[:, 1:])
+    except torch._inductor.exc.InductorError as error:
+        pytest.skip(f"no working compiler for inductor: {str(error).splitlines()[0]}")
+    loss.backward()
+    torch.testing.assert_close(loss, gpt(tokens[:, :-1], tokens[:, 1:]))
+    assert all(parameter.grad is not None for parameter in gpt.parameters())
+
+
+@layers
+def test_checkpointing(name):
+    layer, x = seeded(LAYERS[name])
+    plain = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])
+    again = checkpoint(layer, x, use_reentrant=False)
+    for a, b in zip(plain, torch.autograd.grad(again.sum(), [x, *layer.parameters()]), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_dropout_is_the_same_when_checkpointed():
+    torch.manual_seed(1)
+    layer = TransformerLayer(HIDDEN, FFN, HEADS, dropout=0.5)
+    x = torch.randn(2, 7, HIDDEN, requires_grad=True)
+    grads = []
+    for call in (layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
+        torch.manual_seed(2)
+        y = call(x)
+        grads.append(torch.autograd.grad(y.sum(), x)[0])
+    assert torch.equal(*grads)
+    assert not torch.equal(layer(x), layer(x))
+    assert torch.equal(layer.eval()(x), layer(x))
+
+
+@gpts
+def test_gpt_loss_is_the_cross_entropy_of_its_logits(name):
+    torch.manual_seed(1)
+    gpt, tokens = GPTS[name](), torch.randint(31, (2, 9))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    stock = torch.nn.functional.cross_entropy(gpt(inputs).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(gpt(inputs, targets), stock)
+    keys = list(gpt.state_dict())
+    assert keys[0] == "embedding.weight"
+    assert ("head.weight" in keys) != (name == "GPT-tied")
+    assert {key.split(".")[0] for key in keys} <= {"embedding", "layers", "final_norm", "head"}
+
+
+def test_gpt_loss_with_frozen_parameters():
+    gpt, tokens = GPTS["GPT"]().requires_grad_(False), torch.randint(31, (2, 9))
+    assert not gpt(tokens, tokens).requires_grad
+
+
+def test_packed_sequences_match_separate_ones():
+    layer, x = seeded(LAYERS["Attention"])
+    separate = torch.cat([layer(x[:1, :3])[0], layer(x[1:])[0]])
+    packed = torch.cat([x[0, :3], x[1]])
+    cu_seqlens = torch.tensor([0, 3, 10], dtype=torch.int32)
+    ours = layer(packed, cu_seqlens=cu_seqlens, max_seqlen=7)
+    torch.testing.assert_close(ours, separate)
+
+
+def test_window_sees_its_keys_alone():
+    torch.manual_seed(1)
+    layer = Attention(HIDDEN, HEADS, window=(2, 0))
+    x = torch.randn(1, 7, HIDDEN)
+    far = x.clone()
+    far[:, 0] += 1.0
+    change = (layer(x) - layer(far)).abs().amax(-1)[0]
+    assert (change[:3] > 0).all()
+    assert (change[3:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Attention(16, 4, 3), "kv_heads: expected a divisor of 4, not 3"),
+        (lambda: Attention(18, 4), "heads: expected a divisor of hidden_size 18, not 4"),
+        (lambda: LayerNormMLP(4, 4, activation="swish"), "activation: expected .* not swish"),
+        (lambda: LayerNormLinear(4, 4, normalization="L2"), "normalization: expected .* not L2"),
+        (lambda: Embedding(4, 4, sparse=True), "sparse: expected False, not True"),
+    ],
+)
+def test_refusals(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def recorded(name, make):
+    """What tests/cpp/layer_outputs.cpp records under `name`, by the Python layer."""
+    torch.manual_seed(1)
+    layer = make()
+    if name.startswith("GPT"):
+        tokens = torch.randint(31, (2, 9))
+        y = layer(tokens[:, :8], tokens[:, 1:])
+        y.backward()
+        out = {"y": y}
+    else:
+        x = torch.randn(2, 7, HIDDEN, requires_grad=True)
+        y = layer(x)
+        y.backward(torch.randn_like(y))
+        out = {"y": y, "x_grad": x.grad}
+    out |= {f"parameter/{n}": p for n, p in layer.named_parameters()}
+    return out | {f"grad/{n}": p.grad for n, p in layer.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def cpp_outputs(tmp_path_factory):
+    safetensors = pytest.importorskip("safetensors.torch")
+    root = Path(__file__).parents[1]
+    programs = sorted(root.glob("build/*/layer_outputs")) + sorted(root.glob("build/layer_outputs"))
+    if not programs:
+        pytest.skip("the C++ API is not built: tools/build.py --all")
+    path = tmp_path_factory.mktemp("cpp") / "outputs.safetensors"
+    subprocess.run([programs[0], path], check=True)
+    return safetensors.load_file(path)
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *GPTS])
+def test_cpp_gives_the_same_bits(name, cpp_outputs):
+    ours = {f"{name}/{k}": v.detach() for k, v in recorded(name, (LAYERS | GPTS)[name]).items()}
+    theirs = {k: v for k, v in cpp_outputs.items() if k.split("/")[0] == name}
+    assert sorted(ours) == sorted(theirs)
+    for key, value in ours.items():
+        assert torch.equal(value, theirs[key]), key
