@@ -1,6 +1,8 @@
 # What Python loads: the ops, with their derivatives and registrations. No Python binding inside.
 list(TRANSFORM REDLINE_OPS PREPEND redline/ops/ OUTPUT_VARIABLE REDLINE_OP_SOURCES)
 list(TRANSFORM REDLINE_OP_SOURCES APPEND .cpp)
+# attention has no kernels of ours yet: it stands on torch's own and on softmax.
+list(APPEND REDLINE_OP_SOURCES redline/ops/attention.cpp)
 
 add_library(redline_ops SHARED ${REDLINE_OP_SOURCES} redline/ops/adamw_optimizer.cpp
                                redline/ops/library.cpp redline/ops/philox.cpp redline/ops/run.cpp)

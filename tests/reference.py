@@ -6,6 +6,16 @@ Autograd of these is the reference for every gradient.
 import torch
 
 
+def attention(q, k, v, excluded, scale=None, sink=None, softcap=None):
+    """[batch, length, heads, head_dim]; excluded: bool [queries, keys], or with batch and head."""
+    group = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(group, 2) for x in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * (scale or q.shape[-1] ** -0.5)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return torch.einsum("bhij,bjhd->bihd", softmax(scores, excluded, 1.0, sink), v)
+
+
 def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, logit_softcap=None):
     """Per row, with no row ignored."""
     x = logits if logit_softcap is None else logit_softcap * torch.tanh(logits / logit_softcap)

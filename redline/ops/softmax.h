@@ -12,7 +12,7 @@ namespace redline::ops {
 struct SoftmaxOptions {
   double scale = 1;
   bool causal = false;
-  std::optional<int64_t> window;  // keys
+  std::optional<int64_t> window = {};  // keys
 };
 
 at::Tensor softmax(const at::Tensor& scores, const std::optional<at::Tensor>& mask = {},

@@ -5,13 +5,12 @@ Each works on CPU and CUDA tensors, is differentiable, traces under ``torch.comp
 """
 
 from redline.ops.activation import activation
+from redline.ops.adamw import adamw_step
+from redline.ops.attention import attention
 from redline.ops.bias_dropout_add import bias_dropout_add
 from redline.ops.cross_entropy import cross_entropy
 from redline.ops.embedding import embedding
 from redline.ops.gated_activation import gated_activation, gated_activation_pair
-from redline.ops.adamw import adamw_step
-from redline.ops.cross_entropy import cross_entropy
-from redline.ops.embedding import embedding
 from redline.ops.gradient_norm import clip_coefficient, gradient_norm, scale_gradients
 from redline.ops.norm import layer_norm, residual_layer_norm, residual_rms_norm, rms_norm
 from redline.ops.rotary import qkv_rotary, rotary
@@ -19,15 +18,14 @@ from redline.ops.softmax import softmax
 
 __all__ = [
     "activation",
+    "adamw_step",
+    "attention",
     "bias_dropout_add",
+    "clip_coefficient",
     "cross_entropy",
     "embedding",
     "gated_activation",
     "gated_activation_pair",
-    "adamw_step",
-    "clip_coefficient",
-    "cross_entropy",
-    "embedding",
     "gradient_norm",
     "layer_norm",
     "qkv_rotary",

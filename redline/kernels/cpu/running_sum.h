@@ -19,25 +19,27 @@ REDLINE_INLINE Vector<Acc> fill_tail(Vector<Acc> v, int n, Acc value) {
 
 template <typename Acc>
 REDLINE_INLINE Vector<Acc> larger(Vector<Acc> a, Vector<Acc> b) {
-  return select(a > b, a, b);
+  return a > b ? a : b;
 }
 
-// NaN is passed over; the sum of exponentials meets it.
-template <typename Acc>
-Acc largest(const Acc* x, int count) {
-  Vector<Acc> found[4];
-  for (int k = 0; k < 4; ++k) found[k] = broadcast<Acc>(-infinity<Acc>);
+// The largest term(offset, count) over [0, count), -inf where there is none. NaN is passed over:
+// the sum of exponentials meets it.
+template <typename Acc, typename Term>
+REDLINE_INLINE Acc largest(int count, Term term) {
+  constexpr int n = lanes<Acc>;
+  Vector<Acc> a = broadcast<Acc>(-infinity<Acc>), b = a, c = a, d = a;
   int i = 0;
-  for (; i + 4 * lanes<Acc> <= count; i += 4 * lanes<Acc>) {
-    for (int k = 0; k < 4; ++k) found[k] = larger<Acc>(load(x + i + k * lanes<Acc>), found[k]);
+  for (; i + 4 * n <= count; i += 4 * n) {
+    a = larger<Acc>(term(i, n), a);
+    b = larger<Acc>(term(i + n, n), b);
+    c = larger<Acc>(term(i + 2 * n, n), c);
+    d = larger<Acc>(term(i + 3 * n, n), d);
   }
-  for (; i + lanes<Acc> <= count; i += lanes<Acc>) found[0] = larger<Acc>(load(x + i), found[0]);
+  for (; i + n <= count; i += n) a = larger<Acc>(term(i, n), a);
   if (i < count) {
-    const Vector<Acc> tail = fill_tail<Acc>(load(x + i, count - i), count - i, -infinity<Acc>);
-    found[0] = larger<Acc>(tail, found[0]);
+    b = larger<Acc>(fill_tail<Acc>(term(i, count - i), count - i, -infinity<Acc>), b);
   }
-  return max_lanes<Acc>(
-      larger<Acc>(larger<Acc>(found[0], found[1]), larger<Acc>(found[2], found[3])));
+  return max_lanes<Acc>(larger<Acc>(larger<Acc>(a, b), larger<Acc>(c, d)));
 }
 
 template <typename Acc>
@@ -48,7 +50,7 @@ struct RunningSum {
 // Adds one block. While every value is -inf the sum stays 0.
 template <typename Acc>
 REDLINE_INLINE void add_block(RunningSum<Acc>& row, const Acc* x, int count) {
-  const Acc maximum = largest(x, count);
+  const Acc maximum = largest<Acc>(count, [&](int i, int n) { return load(x + i, n); });
   if (maximum > row.maximum) {
     if (row.exponentials != 0) {
       row.exponentials *= exp(broadcast<Acc>(row.maximum - maximum))[0];

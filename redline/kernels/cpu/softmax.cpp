@@ -31,89 +31,119 @@ void exclude(const bool* mask, int64_t stride, Acc* x, int count) {
   }
 }
 
-// Blocks of one row, scaled and masked.
+// Blocks of one row; the masked ones are scaled too, since -inf must stay below any scale.
 template <typename Acc>
 struct ScoreReader {
   const SoftmaxForward& args;
-  Block<Acc> block, scaled;
+  RowReader<Acc> scores;
+  Block<Acc>& masked;
+  Acc scale;
   const bool* mask_row = nullptr;
 
-  void begin_row(int64_t row) {
+  ScoreReader(const SoftmaxForward& args, int64_t row, Block<Acc>& block, Block<Acc>& masked)
+      : args(args), scores(args.scores, row, block), masked(masked) {
+    scale = static_cast<Acc>(args.shape.scale);
     if (!args.mask) return;
     const int64_t query = row % args.shape.queries, head = row / args.shape.queries;
     const int64_t* strides = args.mask.strides;
     mask_row = args.mask.as<const bool>() + head / args.shape.heads * strides[0] +
                head % args.shape.heads * strides[1] + query * strides[2];
   }
-  const Acc* operator()(int64_t row, int64_t col, int count) {
-    const Acc* values = RowReader<Acc>{args.scores, row, block}(col, count);
-    const Acc scale = static_cast<Acc>(args.shape.scale);
+  Acc multiplier() const { return mask_row ? 1 : scale; }  // what the values still lack
+  const Acc* operator()(int64_t col, int count) {
+    const Acc* values = scores(col, count);
+    if (!mask_row) return values;
     for_vectors<Acc>(
-        count, [&](int i, int n) { store(scaled.values + i, load(values + i, n) * scale, n); });
-    if (mask_row) {
-      const int64_t stride = args.mask.strides[3];
-      exclude(mask_row + col * stride, stride, scaled.values, count);
-    }
-    return scaled.values;
+        count, [&](int i, int n) { store(masked.values + i, load(values + i, n) * scale, n); });
+    exclude(mask_row + col * args.mask.strides[3], args.mask.strides[3], masked.values, count);
+    return masked.values;
   }
 };
 
-// Adds the sink and returns the row's {maximum, 1 / sum}; all zeros where nothing is left.
+// Exponentials of a row between the passes: the output itself where it holds the accumulation type,
+// else a buffer, else (longer rows) nothing: they are computed twice.
+constexpr int64_t held_keys = 8192;
+
+template <typename Acc>
+struct RowBuffers {
+  Block<Acc> block, masked, out;
+  alignas(64) Acc held[sizeof(Acc) == 4 ? held_keys : 1];
+
+  Acc* place_for(const TensorView& probabilities, int64_t row, Range keys) {
+    if (probabilities.dtype == dtype_of<Acc>) {
+      return probabilities.as<Acc>() + row * probabilities.strides[0] + keys.begin;
+    }
+    return keys.end - keys.begin <= held_keys ? held : nullptr;
+  }
+};
+
+// {origin, sum}: e^(x - origin) over the keys; into `place` where there is one.
+template <typename Acc>
+RunningSum<Acc> add_exponentials(ScoreReader<Acc>& scores, Range keys, Acc sink, Acc* place) {
+  RunningSum<Acc> found{sink, 0};
+  const Acc multiplier = scores.multiplier();
+  for_key_blocks(keys, [&](int64_t col, int count) {
+    const Acc* x = scores(col, count);
+    const Acc top = largest<Acc>(count, [&](int i, int n) { return load(x + i, n) * multiplier; });
+    if (top > found.maximum) found.maximum = top;
+  });
+  if (found.maximum == -infinity<Acc>) found.maximum = 0;
+  for_key_blocks(keys, [&](int64_t col, int count) {
+    const Acc* x = scores(col, count);
+    found.exponentials += sum<Acc>(count, [&](int i, int n) {
+      const Vector<Acc> e = exp(load(x + i, n) * multiplier - found.maximum);
+      if (place) store(place + (col - keys.begin) + i, e, n);
+      return fill_tail<Acc>(e, n, 0);
+    });
+  });
+  return found;
+}
+
+// What the last pass knows of a row.
 template <typename Acc>
 struct Normalizer {
-  Acc maximum = 0, inverse_sum = 0;
+  Range keys;
+  const Acc* place;
+  Acc origin, inverse_sum;
 };
 
 template <typename Acc>
-Normalizer<Acc> finish_row(const SoftmaxForward& args, int64_t row, const RunningSum<Acc>& found) {
-  Acc maximum = found.maximum, total = found.exponentials, sink = -infinity<Acc>;
-  if (args.sink) {
-    sink = args.sink.as<const Acc>()[row / args.shape.queries % args.shape.heads];
-    if (sink > maximum) {
-      const Acc rescaled = total * exp(broadcast<Acc>(maximum - sink))[0];
-      total = total != 0 ? rescaled : total;
-      maximum = sink;
-    }
-    total += maximum == -infinity<Acc> ? 0 : exp(broadcast<Acc>(sink - maximum))[0];
-  }
-  Normalizer<Acc> result;
-  if (total != 0) result = {maximum == -infinity<Acc> ? 0 : maximum, 1 / total};
-  if (args.sink) {
-    args.sink_probability.as<Acc>()[row] =
-        exp(broadcast<Acc>(sink - result.maximum))[0] * result.inverse_sum;
-  }
-  return result;
+void write_probabilities(const TensorView& out, int64_t row, const Normalizer<Acc>& normalizer,
+                         ScoreReader<Acc>& scores, Block<Acc>& block) {
+  const Acc multiplier = scores.multiplier();
+  const Acc* place = normalizer.place;
+  for_key_blocks(normalizer.keys, [&](int64_t col, int count) {
+    const Acc* x = place ? place + (col - normalizer.keys.begin) : scores(col, count);
+    const int64_t offset = row * out.strides[0] + col;
+    Acc* to = begin_write(out.data, out.dtype, offset, block);
+    for_vectors<Acc>(count, [&](int i, int n) {
+      const Vector<Acc> values = load(x + i, n);
+      const Vector<Acc> e = place ? values : exp(values * multiplier - normalizer.origin);
+      store(to + i, e * normalizer.inverse_sum, n);
+    });
+    finish_write(out.data, out.dtype, offset, count, block);
+  });
 }
 
 template <typename Acc>
 void forward_rows(const SoftmaxForward& args, Range rows) {
   const TensorView& out = args.probabilities;
-  const int64_t cols = args.scores.sizes[1];
-  ScoreReader<Acc> scores{args, {}, {}};
-  Block<Acc> out_block;
+  const int64_t cols = args.scores.sizes[1], queries = args.shape.queries;
+  RowBuffers<Acc> buffers;
   for (int64_t row = rows.begin; row < rows.end; ++row) {
-    const Range keys =
-        allowed_keys(row % args.shape.queries, args.shape.queries, cols, args.causal, args.window);
-    scores.begin_row(row);
-    RunningSum<Acc> found;
-    for_key_blocks(
-        keys, [&](int64_t col, int count) { add_block(found, scores(row, col, count), count); });
-    const Normalizer<Acc> normalizer = finish_row(args, row, found);
-    if (normalizer.inverse_sum == 0) {
-      write_zeros(out, row, {0, cols});
-      continue;
-    }
+    const Range keys = allowed_keys(row % queries, queries, cols, args.causal, args.window);
+    const Acc sink =
+        args.sink ? args.sink.as<const Acc>()[row / queries % args.shape.heads] : -infinity<Acc>;
+    ScoreReader<Acc> scores(args, row, buffers.block, buffers.masked);
+    Acc* place = buffers.place_for(out, row, keys);
+    const RunningSum<Acc> found = add_exponentials(scores, keys, sink, place);
+    const Acc of_sink = exp(broadcast<Acc>(sink - found.maximum))[0];
+    const Acc total = found.exponentials + of_sink;
+    const Acc inverse_sum = total == 0 ? 0 : 1 / total;
+    if (args.sink) args.sink_probability.as<Acc>()[row] = of_sink * inverse_sum;
     write_zeros(out, row, {0, keys.begin});
     write_zeros(out, row, {keys.end, cols});
-    for_key_blocks(keys, [&](int64_t col, int count) {
-      const Acc* x = scores(row, col, count);
-      const int64_t offset = row * out.strides[0] + col;
-      Acc* to = begin_write(out.data, out.dtype, offset, out_block);
-      for_vectors<Acc>(count, [&](int i, int n) {
-        store(to + i, exp(load(x + i, n) - normalizer.maximum) * normalizer.inverse_sum, n);
-      });
-      finish_write(out.data, out.dtype, offset, count, out_block);
-    });
+    write_probabilities(out, row, {keys, place, found.maximum, inverse_sum}, scores, buffers.out);
   }
 }
 
