@@ -55,7 +55,7 @@ void AdamW::step() {
     step_group(i, false);
     step_group(i, true);
   }
-  clip_coefficient_ = {};
+  clip_coefficient_ = at::Tensor();
 }
 
 void AdamW::step_group(size_t group, bool with_master) {
@@ -103,7 +103,7 @@ Tensor AdamW::clip_grad_norm(double max_norm) {
 
 void AdamW::zero_grad() {
   for (AdamWGroup& group : groups_) {
-    for (Tensor& parameter : group.parameters) parameter.mutable_grad() = {};
+    for (Tensor& parameter : group.parameters) parameter.mutable_grad() = at::Tensor();
   }
 }
 
