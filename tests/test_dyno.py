@@ -291,6 +291,7 @@ def redline(*arguments, **options):
     ("arguments", "message"),
     [
         (("dyno", "--dtype", "int3"), "--dtype: expected auto fp32"),
+        (("dyno", "--dtype", "fp16"), "--dtype: expected auto fp32"),
         (("dyno", "--device", "tpu"), "--device: expected auto cpu cuda, not tpu"),
         (("dyno", "--steps", "0"), "--steps: expected at least 1, not 0"),
         (("dyno", "--steps", "many"), "--steps"),

@@ -41,7 +41,7 @@ def _root(
 def dyno(  # one parameter per option: the signature is the command line
     steps: Annotated[int, typer.Option(help="Training steps of the lap.")] = 40,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
     text: Annotated[Path | None, typer.Option(help="A text file, or a folder of them.")] = None,
     out: Annotated[Path, typer.Option(help="The folder of the report.")] = Path("dyno"),
     compile_parts: Annotated[int, typer.Option(help="Parts to torch.compile too.")] = 6,
