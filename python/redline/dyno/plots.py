@@ -65,20 +65,20 @@ def parts(rows: list[Row], colours: dict[str, str]) -> Figure:
     axes = figure.subplots()
     for y, row in enumerate(shown):
         axes.barh(y, row.of_redline, height=0.56, color=colours["tuned"])
-        for variant, marker in (("stock", "|"), ("compiled", "d")):
-            median = row.median_us(variant)
+        for colour, marker in (("ink", "|"), ("compiled", "d")):
+            median = row.median_us("stock" if colour == "ink" else colour)
             if median:
                 axes.plot(
-                    row.floor_us / median, y, marker, color=colours[variant],
+                    row.floor_us / median, y, marker, color=colours[colour],
                     markersize=11 if marker == "|" else 6, markeredgewidth=2.4,
                 )  # fmt: skip
     axes.axvline(1, color=colours["ceiling"], linewidth=1.6)
     axes.set_yticks(range(len(shown)), [_label(row) for row in shown], fontsize=8.5)
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(shown), 1) - 0.4, -0.6)
     widest = max([1.0] + [row.of_redline for row in shown])
     axes.set_xlim(0, 1.06 * widest)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set_xlabel("of redline: share of this machine's measured ceiling")
+    axes.set_xlabel("of redline")
     axes.grid(axis="x", linewidth=0.6)
     axes.tick_params(axis="y", length=0)
     return figure
@@ -100,7 +100,7 @@ def saved(rows: list[Row], colours: dict[str, str]) -> Figure:
             height=0.36, color=colours[variant], label=variant,
         )  # fmt: skip
     axes.set_yticks(range(len(shown)), [row.name for row in shown], fontsize=8.5)
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(shown), 1) - 0.4, -0.6)
     axes.set_xlabel("MB kept for backward")
     axes.grid(axis="x", linewidth=0.6)
     axes.tick_params(axis="y", length=0)
