@@ -264,7 +264,7 @@ def attention(setting: Setting) -> Case:
         shape=f"{batch} x {sequence} x {heads} ({kv_heads}) x {dim}",
         inputs=inputs,
         stock=stock,
-        tuned=lambda q, k, v: tuned(q, k, v, causal=True)[0],
+        tuned=lambda q, k, v: tuned(q, k, v, causal=True),
         cost=Cost(forward_flops=flops, backward_flops=2.5 * flops),
     )
 
