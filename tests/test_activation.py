@@ -1,15 +1,17 @@
 """activation against float64."""
 
-import cases
-import contract
+import functools
+
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
-from cases import DEVICES, DTYPES, MODEL, SMALL, randn, strided, wide
-from tolerance import assert_close
 
+import cases
+import contract
+import reference
+from cases import DEVICES, DTYPES, MODEL, SMALL, randn, strided, wide
 from redline import ops
+from tolerance import assert_close
 
 STOCK = {
     "gelu": lambda x: F.gelu(x, approximate="tanh"),
@@ -51,12 +53,10 @@ def test_forward_and_backward(kind, bias, dtype, device):
         enough = case[0] * case[1] > 200  # one element's error is luck, stock's too
         if enough:
             assert_close(outs[0].cpu(), expected, stock=theirs[0][0].cpu(), what=where)
-        for name, ours, wanted, other in zip(
-            ("x", "bias"), grads, truth, theirs[1], strict=False
-        ):
+        for name, ours, wanted, other in zip(("x", "bias"), grads, truth, theirs[1], strict=False):
             assert ours.dtype == dtype
-            # quick gelu's stock is four ops that each round, relu's gradient is exact in both
-            sums = 2 * SUMS + (case[0] ** 0.5 if name == "bias" else 0)
+            # a few elements: f' crosses zero at negative x, and its two terms cancel there
+            sums = (2 if enough else 8) * SUMS + (case[0] ** 0.5 if name == "bias" else 0)
             assert_close(ours.cpu(), wanted, sums=sums, what=f"{where} {name}")
             if name == "x" and enough:
                 assert_close(ours.cpu(), wanted, stock=other.cpu(), what=f"{where} {name}")
@@ -104,7 +104,7 @@ def test_gradcheck():
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
     for kind in STOCK:
-        assert torch.autograd.gradcheck(lambda *args: ops.activation(*args, kind=kind), (x, bias))  # noqa: B023
+        assert torch.autograd.gradcheck(functools.partial(ops.activation, kind=kind), (x, bias))
 
 
 @pytest.mark.parametrize("device", DEVICES)
