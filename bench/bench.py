@@ -11,6 +11,7 @@ the same number of bytes in the same run.
 
 import argparse
 import datetime
+import functools
 import importlib
 import json
 import pathlib
@@ -18,8 +19,8 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
-from typing import Callable
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -43,6 +44,39 @@ class Case:
     calls: dict[str, Callable]
     flops: float = 0
     times: dict[str, tuple[float, float]] = field(default_factory=dict)  # variant: (us, spread)
+
+
+def both_directions(case, forwards, parameters=()):
+    """Two cases from a sketch of one: `forwards` without derivatives, and their backward. `bytes`
+    is a pair; `make` takes a bool: whether to draw the upstream gradient too, as the last tensor.
+    One graph per input set is built on first use."""
+
+    def backward_of(forward):
+        graphs = {}
+
+        def call(*inputs):
+            if inputs[0] not in graphs:
+                leaves = [tensor.detach().requires_grad_() for tensor in inputs[:-1]]
+                graphs[inputs[0]] = (forward(*leaves), leaves)
+            y, leaves = graphs[inputs[0]]
+            wanted = (*leaves, *parameters)
+            return torch.autograd.grad(y, wanted, inputs[-1], retain_graph=True)
+
+        return call
+
+    make, (forward_bytes, backward_bytes) = case.make, case.bytes
+    for direction, size, calls in (
+        ("fwd", forward_bytes, {name: torch.no_grad()(call) for name, call in forwards.items()}),
+        ("bwd", backward_bytes, {name: backward_of(call) for name, call in forwards.items()}),
+    ):
+        yield replace(
+            case,
+            direction=direction,
+            bytes=size,
+            make=functools.partial(make, direction == "bwd"),
+            calls=calls,
+            times={},
+        )
 
 
 def input_sets(case, device):

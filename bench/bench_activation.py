@@ -1,0 +1,58 @@
+"""Activations: forward reads x and writes y; backward reads both and writes x_grad."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from bench import Case, both_directions
+from redline import ops
+
+SIZES = [(8192, 4096), (16384, 14336)]
+SIZES_CPU = [(4096, 1024)]
+STOCK = {
+    "gelu": functools.partial(F.gelu, approximate="tanh"),
+    "gelu_erf": F.gelu,
+    "silu": F.silu,
+    "relu": F.relu,
+    "squared_relu": lambda x: F.relu(x).square(),
+}
+
+
+def make(shape, device, dtype, with_gradient):
+    return tuple(
+        torch.randn(shape, device=device, dtype=dtype) for _ in range(2 if with_gradient else 1)
+    )
+
+
+def cases(device):
+    dtype, name = (torch.bfloat16, "bf16") if device == "cuda" else (torch.float32, "f32")
+    for kind, stock in STOCK.items():
+        for shape in SIZES if device == "cuda" else SIZES_CPU:
+            for with_bias in (False, True):
+                bias = torch.randn(shape[1], device=device, dtype=dtype, requires_grad=True)
+                parameters = (bias,) if with_bias else ()
+
+                def eager(x, stock=stock, parameters=parameters):
+                    return stock(sum(parameters, x))
+
+                calls = {
+                    "redline": functools.partial(
+                        lambda x, kind, bias: ops.activation(x, bias, kind),
+                        kind=kind,
+                        bias=bias if with_bias else None,
+                    ),
+                    "eager": eager,
+                    "compile": torch.compile(eager, dynamic=False),
+                }
+                size = shape[0] * shape[1] * dtype.itemsize
+                sketch = Case(
+                    name=f"activation {kind}" + " bias" * with_bias,
+                    direction="",
+                    shape=f"{shape[0]} x {shape[1]}",
+                    dtype=name,
+                    bytes=(2 * size, 3 * size),
+                    make=functools.partial(make, shape, device, dtype),
+                    calls={},
+                )
+                yield from both_directions(sketch, calls, parameters)
