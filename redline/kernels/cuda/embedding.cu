@@ -188,9 +188,10 @@ __device__ __forceinline__ void sum_tokens(const Backward& args, int begin, int 
     }
 #pragma unroll
     for (int k = 0; k < sum_vectors; ++k) {
-      if (i + k >= end) break;
 #pragma unroll
-      for (int e = 0; e < V; ++e) sums[e] += to_float(values[k].values[e]);
+      for (int e = 0; e < V; ++e) {
+        if (i + k < end) sums[e] += to_float(values[k].values[e]);
+      }
     }
   }
 }
