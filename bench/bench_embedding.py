@@ -3,8 +3,8 @@ gradient whole. Tokens are skewed, as text is: a few rows take many tokens."""
 
 import torch
 import torch.nn.functional as F
-from bench import Case
 
+from bench import Case
 from redline import ops
 
 # (tokens, vocabulary, hidden)

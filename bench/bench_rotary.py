@@ -1,8 +1,8 @@
 """Rotary: either direction reads x once and writes it once; the tables stay in the cache."""
 
 import torch
-from bench import Case
 
+from bench import Case
 from redline import ops
 
 # (batch, seq, heads, head_dim)

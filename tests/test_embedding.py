@@ -1,13 +1,13 @@
 """embedding: against float64, the order of the gradient's sums, and what the laws ask."""
 
-import contract
 import pytest
-import reference
 import torch
-from cases import DEVICES, DTYPES, randn, strided, wide
-from tolerance import assert_close
 
+import contract
+import reference
+from cases import DEVICES, DTYPES, randn, strided, wide
 from redline import ops
+from tolerance import assert_close
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 

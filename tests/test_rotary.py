@@ -1,13 +1,13 @@
 """rotary and qkv_rotary: against float64, in every layout, and what the laws ask."""
 
-import contract
 import pytest
-import reference
 import torch
-from cases import DEVICES, DTYPES, randn, strided, wide
-from tolerance import assert_close
 
+import contract
+import reference
+from cases import DEVICES, DTYPES, randn, strided, wide
 from redline import ops
+from tolerance import assert_close
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
@@ -40,11 +40,11 @@ def by_layout(x, layout):
     return x.flatten(0, 1) if layout == "thd" else x
 
 
-def expected(x, cos, sin, positions, interleaved, layout):
+def expected(x, tables, positions, interleaved, layout):
     """The reference of x in a layout; positions: [batch, seq]."""
     rows = by_layout(positions, layout).flatten()
-    flat = x.flatten(0, -3)
-    return reference.rotary(flat, cos.double(), sin.double(), rows, interleaved).view(x.shape)
+    cos, sin = (table.cpu().double() for table in tables)
+    return reference.rotary(x.flatten(0, -3), cos, sin, rows, interleaved).view(x.shape)
 
 
 def boundaries(batch, seq, device):
@@ -69,7 +69,7 @@ def test_forward_and_backward(layout, case, dtype, interleaved, device):
     (y,), (x_grad,), (upstream,) = contract.gradients(op, [x])
     (x64,) = wide(x)
     positions = torch.arange(seq).expand(batch, seq)
-    y64 = expected(x64, cos.cpu(), sin.cpu(), positions, interleaved, layout)
+    y64 = expected(x64, (cos, sin), positions, interleaved, layout)
     (x64_grad,) = torch.autograd.grad(y64, [x64], upstream.cpu().double())
     assert y.dtype == dtype and y.is_contiguous()
     assert_close(y.cpu(), y64, dtype, sums=2)
@@ -86,7 +86,7 @@ def test_positions(layout, index, device):
     given = rows.flatten() if layout == "thd" else rows
     y = ops.rotary(x, cos, sin, given.to(device, index), layout=layout)
     (x64,) = wide(x)
-    assert_close(y.cpu(), expected(x64, cos.cpu(), sin.cpu(), rows, False, layout), sums=2)
+    assert_close(y.cpu(), expected(x64, (cos, sin), rows, False, layout), sums=2)
     if layout != "thd":
         shared = rows[0].to(device, index)
         one_row = ops.rotary(x, cos, sin, shared[None], layout=layout)
