@@ -2,8 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from bench import Case
 
+from bench import Case
 from redline import ops
 
 SIZES = [(8192, 4096), (16384, 1024), (8192, 8192), (65536, 256), (4096, 16384)]
@@ -42,7 +42,7 @@ def cases(device):
             compiled = torch.compile(eager, dynamic=False)
             size = rows * cols * dtype.itemsize
             make = lambda n, r=rows, c=cols: (
-                lambda: tuple(  # noqa: E731
+                lambda: tuple(
                     torch.randn(r, c, device=device, dtype=dtype) for _ in range(n)
                 )
             )

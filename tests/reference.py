@@ -63,6 +63,8 @@ def rotary(x, cos, sin, positions, interleaved=False):
     pairs = (a * angle_cos - b * angle_sin, b * angle_cos + a * angle_sin)
     turned = torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
     return torch.cat([turned, rest], -1)
+
+
 _ACTIVATIONS = {
     "gelu": lambda x: x / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
     "gelu_erf": lambda x: x / 2 * torch.special.erfc(-x / 2**0.5),

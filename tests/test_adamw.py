@@ -2,14 +2,14 @@
 
 import itertools
 
-import contract
 import pytest
-import reference
 import torch
-from cases import DEVICES, DTYPES, randn
-from tolerance import UNIT_ROUNDOFF, assert_close, relative_error
 
+import contract
+import reference
+from cases import DEVICES, DTYPES, randn
 from redline import ops
+from tolerance import UNIT_ROUNDOFF, assert_close, relative_error
 
 SHAPES = [(1,), (3, 7), (255,), (1024,), (0, 5), (4097,), (2, 8192), (33, 1000), ()]
 BATCHED = [(3,)] * 600  # more tensors than one launch holds

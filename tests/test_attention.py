@@ -1,15 +1,15 @@
 """attention against float64: torch's kernels, the reference path, what is refused."""
 
-import contract
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
-from cases import DEVICES, DTYPES, randn, wide
-from tolerance import UNIT_ROUNDOFF, assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import contract
+import reference
+from cases import DEVICES, DTYPES, randn, wide
 from redline import ops
+from tolerance import UNIT_ROUNDOFF, assert_close
 
 # (batch, queries, keys, heads, kv_heads, head_dim)
 SIZES = [

@@ -2,16 +2,16 @@
 
 import math
 
-import cases
-import contract
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
-from cases import DEVICES, DTYPES, randn, strided, wide
-from tolerance import assert_close
 
+import cases
+import contract
+import reference
+from cases import DEVICES, DTYPES, randn, strided, wide
 from redline import ops
+from tolerance import assert_close
 
 # (rows, cols): one class, a vector's edge, a tile's edge, odd rows (every alignment), large.
 SIZES = [(1, 1), (3, 7), (2, 33), (9, 255), (4, 1024), (9, 4097), (0, 64), (300, 8), (9, 50257)]

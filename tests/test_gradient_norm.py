@@ -1,13 +1,13 @@
 """gradient_norm, clip_coefficient and scale_gradients against float64."""
 
-import contract
 import pytest
-import reference
 import torch
-from cases import DEVICES, DTYPES, randn, strided
-from tolerance import assert_close
 
+import contract
+import reference
+from cases import DEVICES, DTYPES, randn, strided
 from redline import ops
+from tolerance import assert_close
 
 SHAPES = [(1,), (3, 7), (0, 4), (1024,), (32769,), (2, 50000), ()]
 BATCHED = [(3,)] * 1100  # more tensors than one launch holds

@@ -1,15 +1,15 @@
 """rms_norm, layer_norm and their residual forms against float64."""
 
-import cases
-import contract
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
-from cases import DEVICES, DTYPES, HUGE, MODEL, SMALL, randn, strided, wide
-from tolerance import assert_close
 
+import cases
+import contract
+import reference
+from cases import DEVICES, DTYPES, HUGE, MODEL, SMALL, randn, strided, wide
 from redline import ops
+from tolerance import assert_close
 
 NORMS = ["rms_norm", "layer_norm"]
 

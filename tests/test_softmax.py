@@ -1,13 +1,13 @@
 """softmax against float64: masks from tensors and from indices, sinks, empty rows."""
 
-import contract
 import pytest
-import reference
 import torch
-from cases import DEVICES, DTYPES, randn, strided, wide
-from tolerance import assert_close
 
+import contract
+import reference
+from cases import DEVICES, DTYPES, randn, strided, wide
 from redline import ops
+from tolerance import assert_close
 
 # (batch, heads, queries, keys): one element, odd, a vector's edge, a block's edge, more queries.
 SIZES = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 2, 9, 33), (1, 2, 3, 1025), (2, 1, 8, 4), (1, 1, 2, 5000)]

@@ -24,10 +24,10 @@ inline void check_column_sums(const char* op, const char* tensor, const ColumnSu
                               int64_t cols, DType accumulation) {
   if (!sums.total) return;
   check_vector(op, tensor, sums.total, cols);
-  REDLINE_CHECK(sums.partial.rank == 2 && sums.partial.sizes[1] == cols &&
-                    sums.partial.dtype == accumulation,
-                op, ": ", tensor, ": expected partial sums [chunks, ", cols, "] ", accumulation,
-                ", not ", sums.partial);
+  REDLINE_CHECK(
+      sums.partial.rank == 2 && sums.partial.sizes[1] == cols && sums.partial.dtype == accumulation,
+      op, ": ", tensor, ": expected partial sums [chunks, ", cols, "] ", accumulation, ", not ",
+      sums.partial);
 }
 
 // How many chunks the rows fall into: a function of the shape alone.
