@@ -1,5 +1,7 @@
 """Norms: forward reads x and writes y; backward reads x and y_grad and writes x_grad."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -41,11 +43,11 @@ def cases(device):
             ours, eager, parameters = forwards(norm, cols, device, dtype)
             compiled = torch.compile(eager, dynamic=False)
             size = rows * cols * dtype.itemsize
-            make = lambda n, r=rows, c=cols: (
-                lambda: tuple(
-                    torch.randn(r, c, device=device, dtype=dtype) for _ in range(n)
-                )
-            )
+            draw = functools.partial(torch.randn, rows, cols, device=device, dtype=dtype)
+
+            def make(count, draw=draw):
+                return lambda: tuple(draw() for _ in range(count))
+
             with torch.no_grad():
                 calls = {"redline": ours, "eager": eager, "compile": compiled}
             calls = {k: torch.no_grad()(call) for k, call in calls.items()}

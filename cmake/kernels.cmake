@@ -1,8 +1,8 @@
 # core and kernels: arithmetic on memory. No torch directory is on these include paths.
 add_library(redline_core INTERFACE)
 target_include_directories(redline_core INTERFACE ${PROJECT_SOURCE_DIR})
-target_compile_options(
-  redline_core INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Werror;-Wno-psabi>)
+target_compile_options(redline_core
+                       INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Werror;-Wno-psabi>)
 
 # One file per op, alphabetical: redline/kernels/<op>.cpp and redline/kernels/cpu/<op>.cpp.
 set(REDLINE_OPS
@@ -40,9 +40,16 @@ function(add_cpu_kernels isa)
 endfunction()
 add_cpu_kernels(baseline)
 add_cpu_kernels(avx2 -mavx2 -mfma -mf16c)
-add_cpu_kernels(avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c
-                -mprefer-vector-width=512
-                -Wno-maybe-uninitialized) # g++ 12 warns inside its own avx512fintrin.h
+add_cpu_kernels(
+  avx512
+  -mavx512f
+  -mavx512bw
+  -mavx512vl
+  -mavx512dq
+  -mfma
+  -mf16c
+  -mprefer-vector-width=512
+  -Wno-maybe-uninitialized) # g++ 12 warns inside its own avx512fintrin.h
 
 if(REDLINE_WITH_CUDA)
   # One file per op, or a folder of that name where one file outgrew 400 lines.

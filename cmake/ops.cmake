@@ -4,12 +4,16 @@ list(TRANSFORM REDLINE_OP_SOURCES APPEND .cpp)
 # attention has no kernels of ours yet: it stands on torch's own and on softmax.
 list(APPEND REDLINE_OP_SOURCES redline/ops/attention.cpp)
 
-add_library(redline_ops SHARED ${REDLINE_OP_SOURCES} redline/ops/adamw_optimizer.cpp
-                               redline/ops/library.cpp redline/ops/philox.cpp redline/ops/run.cpp)
+add_library(
+  redline_ops SHARED
+  ${REDLINE_OP_SOURCES}
+  redline/ops/adamw_optimizer.cpp
+  redline/ops/library.cpp
+  redline/ops/philox.cpp
+  redline/ops/run.cpp)
 target_link_libraries(redline_ops PUBLIC redline_core torch_wheel PRIVATE redline_kernels)
-target_compile_definitions(
-  redline_ops PRIVATE REDLINE_WITH_CUDA=$<BOOL:${REDLINE_OPS_CUDA}>
-                      REDLINE_VERSION="${REDLINE_VERSION}")
+target_compile_definitions(redline_ops PRIVATE REDLINE_WITH_CUDA=$<BOOL:${REDLINE_OPS_CUDA}>
+                                               REDLINE_VERSION="${REDLINE_VERSION}")
 # Torch's headers cost g++ 20 s: they are compiled once.
 target_precompile_headers(redline_ops PRIVATE redline/ops/torch.h)
 # at::parallel_for is a template over OpenMP: without the flag it runs on one thread. The runtime is

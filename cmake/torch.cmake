@@ -13,7 +13,12 @@ list(GET torch_paths 0 TORCH_VERSION)
 list(GET torch_paths 1 TORCH_LIBRARY_DIR)
 list(GET torch_paths 2 TORCH_CXX11_ABI)
 list(GET torch_paths 3 TORCH_HAS_CUDA)
-list(SUBLIST torch_paths 4 -1 TORCH_INCLUDE_DIRS)
+list(
+  SUBLIST
+  torch_paths
+  4
+  -1
+  TORCH_INCLUDE_DIRS)
 message(STATUS "redline: torch ${TORCH_VERSION} from ${Python_EXECUTABLE}")
 
 if(REDLINE_WITH_CUDA AND NOT TORCH_HAS_CUDA)

@@ -1,3 +1,4 @@
+# Over budget: parameters: the ops' own signatures.
 """Each op once, in plain torch and float64: written from the formula, not from a kernel.
 
 Autograd of these is the reference for every gradient.

@@ -1,3 +1,4 @@
+# Over budget: function: one table of bad arguments and their messages.
 """adamw_step against float64: many steps, every mixture of dtypes, any size and place in memory."""
 
 import itertools

@@ -1,3 +1,4 @@
+# Over budget: parameters: torch.optim.AdamW's own signature.
 """AdamW and gradient clipping: one pass over memory, and nothing that waits for the device.
 
 optimizer = redline.optim.AdamW(model.parameters(), lr=3e-4)

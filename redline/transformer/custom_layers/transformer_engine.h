@@ -1,4 +1,5 @@
 // The old address: a notice of the move and a forward, nothing else.
+// Over budget: columns: the text of a directive is one line.
 #pragma once
 
 #warning \

@@ -1,3 +1,4 @@
+// Over budget: parameters: scalars in registers; a struct of them would name nothing more.
 // 16-byte loads from rows that start anywhere: a vocabulary of an odd number of classes puts every
 // row at another offset. Two aligned loads, the second of which another thread has just brought
 // into L1, are shifted into place; the elements of a thread are those of the aligned path.
