@@ -1,4 +1,5 @@
 // Over budget: parameters: scalars in registers; a struct of them would name nothing more.
+// Over budget: lines: the two kernels of one op, by two lines of this head.
 // loss = lse - x_target and its kin (kernels/cross_entropy.h). Statistics: a block per row reads it
 // once by 16-byte loads, four in flight per thread, each thread with a running maximum and sum;
 // gradient: one read, one 16-byte write per vector. Rows may start at any address: any vocabulary
