@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -115,8 +116,9 @@ class Trainer:
         parameters = list(self.model.parameters())
         self.optimizer = make_adamw(variant, parameters)
         self.clip = torch.nn.utils.clip_grad_norm_
-        if variant == "tuned":
-            self.clip = tuned_name("optim", "clip_grad_norm")
+        if variant == "tuned":  # the step multiplies by the coefficient: gradients stay as they are
+            clip = tuned_name("optim", "clip_grad_norm")
+            self.clip = partial(clip, optimizer=self.optimizer)
 
     def step(self, tokens: Tensor, targets: Tensor) -> float:
         self.optimizer.zero_grad(set_to_none=True)
