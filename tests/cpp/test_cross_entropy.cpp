@@ -1,0 +1,98 @@
+// Wiring of the cross entropy kernels: what they write, where they stop, what they refuse.
+#include <gtest/gtest.h>
+
+#include "redline/kernels/cross_entropy.h"
+#include "tests/cpp/buffer.h"
+#include "tests/cpp/shapes.h"
+
+namespace redline {
+namespace {
+
+using test::Buffer;
+using test::Shape;
+
+struct Tensors {
+  explicit Tensors(const Shape& s)
+      : cols(s.cols),
+        logits(Buffer(s.dtype, {s.rows, s.cols}).filled()),
+        targets(Buffer(DType::int64, {s.rows}).filled()),
+        statistics(accumulation_dtype(s.dtype), {s.rows, 4}),
+        row_loss(accumulation_dtype(s.dtype), {s.rows}),
+        log_sum_exp(accumulation_dtype(s.dtype), {s.rows}),
+        loss(accumulation_dtype(s.dtype), {1}),
+        count(accumulation_dtype(s.dtype), {1}),
+        loss_grad(Buffer(accumulation_dtype(s.dtype), {s.rows}).filled()),
+        logits_grad(s.dtype, {s.rows, s.cols}) {}
+
+  CrossEntropyStatistics first() const {
+    return {.logits = logits, .targets = targets, .statistics = statistics, .softcap = 30};
+  }
+  CrossEntropyLoss second() const {
+    return {.statistics = statistics,
+            .targets = targets,
+            .row_loss = row_loss,
+            .log_sum_exp = log_sum_exp,
+            .loss = loss,
+            .count = count,
+            .partial = {},
+            .vocabulary = cols,
+            .label_smoothing = 0.1,
+            .z_loss = 1e-4,
+            .reduction = Reduction::mean};
+  }
+  CrossEntropyGradient third() const {
+    return {.logits = logits,
+            .targets = targets,
+            .statistics = statistics,
+            .loss_grad = loss_grad,
+            .log_sum_exp_grad = {},
+            .count = count,
+            .logits_grad = logits_grad,
+            .vocabulary = cols,
+            .label_smoothing = 0.1,
+            .z_loss = 1e-4,
+            .softcap = 30};
+  }
+
+  int64_t cols;
+  Buffer logits, targets, statistics, row_loss, log_sum_exp, loss, count, loss_grad, logits_grad;
+};
+
+TEST(CrossEntropy, WritesStatisticsLossAndGradient) {
+  test::for_shapes([](const Shape& s) {
+    if (s.cols < 3) return;  // the targets are 0, 1 and 2
+    const Tensors tensors(s);
+    check(tensors.first());
+    run(tensors.first(), Range{0, s.rows});
+    EXPECT_TRUE(tensors.statistics.is_finite());
+    check(tensors.second());
+    run(tensors.second(), Range{0, s.rows});
+    finish(tensors.second());
+    EXPECT_TRUE(tensors.row_loss.is_finite());
+    EXPECT_TRUE(tensors.log_sum_exp.is_finite());
+    EXPECT_EQ(tensors.loss.is_finite(), s.rows > 0);  // the mean of nothing is NaN
+    check(tensors.third());
+    run(tensors.third(), Range{0, s.rows});
+    EXPECT_TRUE(tensors.logits_grad.is_finite());
+  });
+}
+
+TEST(CrossEntropy, ATargetThatIsNoClassIsRefused) {
+  const Tensors tensors({DType::float32, 3, 16});
+  EXPECT_NO_THROW(check_targets(tensors.targets, 3, -100));
+  EXPECT_THROW(check_targets(tensors.targets, 2, -100), Error);
+  EXPECT_NO_THROW(check_targets(tensors.targets, 2, 2));
+}
+
+TEST(CrossEntropy, ArgumentsThatDoNotFitAreRefused) {
+  const Tensors tensors({DType::float32, 3, 16});
+  CrossEntropyStatistics args = tensors.first();
+  args.targets = tensors.row_loss;
+  EXPECT_THROW(check(args), Error);
+  CrossEntropyGradient gradient = tensors.third();
+  gradient.logits_grad = tensors.statistics;
+  EXPECT_THROW(check(gradient), Error);
+}
+
+}  // namespace
+}  // namespace redline
