@@ -24,11 +24,7 @@ function(add_cpp_program name)
   target_precompile_headers(${name} REUSE_FROM redline)
 endfunction()
 
-add_cpp_program(
-  train_gpt
-  examples/cpp/adamw.cpp
-  examples/cpp/json.cpp
-  examples/cpp/safetensors.cpp
-  examples/cpp/train_gpt.cpp)
+add_cpp_program(train_gpt examples/cpp/json.cpp examples/cpp/safetensors.cpp
+                examples/cpp/train_gpt.cpp)
 add_cpp_program(layer_outputs examples/cpp/json.cpp examples/cpp/safetensors.cpp
                 tests/cpp/layer_outputs.cpp)

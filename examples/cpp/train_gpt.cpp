@@ -8,8 +8,8 @@
 #include <fstream>
 #include <iterator>
 
-#include "adamw.h"
 #include "redline/layers/gpt.h"
+#include "redline/ops/adamw_optimizer.h"
 #include "safetensors.h"
 
 namespace {
@@ -148,7 +148,7 @@ redline::layers::GPT build(const Arguments& arguments) {
 struct Run {
   Arguments arguments;
   redline::layers::GPT model;
-  AdamW optimizer;
+  redline::AdamW optimizer;
   int64_t step = 0;
 };
 
@@ -195,7 +195,8 @@ void train(Run& run, const Tensor& tokens) {
     const Tensor loss = run.model->loss(batch.inputs, batch.targets);
     run.model->zero_grad();
     loss.backward();
-    run.optimizer.step(/*max_norm=*/1.0);
+    run.optimizer.clip_grad_norm(1.0);
+    run.optimizer.step();
     ++run.step;
     std::printf("step %lld loss %.9g\n", static_cast<long long>(run.step), loss.item<double>());
     std::fflush(stdout);
@@ -211,7 +212,8 @@ int main(int count, char** values) {
     const Tensor tokens = read_tokens(arguments);
     auto model = build(arguments);
     const double learning_rate = positive_number("learning-rate", arguments.word("learning-rate"));
-    AdamW optimizer(model->parameters(), learning_rate);
+    redline::AdamW optimizer(model->parameters(),
+                             {.learning_rate = learning_rate, .weight_decay = 0.1});
     Run run{.arguments = arguments, .model = model, .optimizer = std::move(optimizer)};
     train(run, tokens);
   } catch (const c10::Error& error) {

@@ -161,7 +161,7 @@ def train(args):
         loss = model(inputs, targets)
         optimizer.zero_grad()
         loss.backward()
-        clip_grad_norm(model.parameters(), 1.0)
+        clip_grad_norm(model.parameters(), 1.0, optimizer)
         optimizer.step()
         step += 1
         print(f"step {step} loss {loss.item():.9g}", flush=True)
