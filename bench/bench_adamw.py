@@ -2,8 +2,8 @@
 reads the gradients."""
 
 import torch
-from bench import Case
 
+from bench import Case
 from redline import ops
 from redline.optim import AdamW
 
