@@ -1,5 +1,6 @@
 """The side-by-side job: its text, its measuring, its report, and what it says when it stops."""
 
+import itertools
 import json
 import os
 import re
@@ -142,10 +143,10 @@ def test_peak_is_the_allocators():
 
 
 def test_disturbed_rounds_are_dropped(monkeypatch):
-    verdicts = iter([False] * 3 + [True] * 1000)
+    verdicts = itertools.chain([False] * 3, itertools.repeat(True))
     monkeypatch.setattr(quiet.Watch, "ripe", property(lambda self: True))
     monkeypatch.setattr(quiet.Watch, "was_quiet", lambda self: next(verdicts))
-    times = iter(range(10000))
+    times = itertools.count()
     monkeypatch.setattr(measure, "_cpu_us", lambda call: next(times))
     timing = measure.interleave({"only": lambda: None}, CPU, 0.01)
     assert timing.times["only"][:5] == [3, 4, 5, 6, 7] and not timing.disturbed
