@@ -97,9 +97,11 @@ void run(const AdamWStep& args, Range chunks) {
   for (int64_t i = 0; i < args.tensor_count && first < chunks.end; ++i) {
     const AdamWTensor& tensor = args.tensors[i];
     const int64_t last = first + chunks_of(tensor);
-    const int64_t begin = (std::max(first, chunks.begin) - first) * cpu::adamw_chunk;
-    const int64_t end = (std::min(last, chunks.end) - first) * cpu::adamw_chunk;
-    if (begin < end) kernels().update(args, i, {begin, std::min(end, tensor.count)});
+    const int64_t end = std::min(last, chunks.end);
+    for (int64_t chunk = std::max(first, chunks.begin); chunk < end; ++chunk) {
+      const int64_t begin = (chunk - first) * cpu::adamw_chunk;
+      kernels().update(args, i, {begin, std::min(begin + cpu::adamw_chunk, tensor.count)});
+    }
     first = last;
   }
 }

@@ -1,5 +1,5 @@
-// One pass: each block of a row is read, widened where it is 16-bit, computed and written. The
-// bias's gradient is added up in a [cols] row of the workspace on the way.
+// One pass: each vector is read, widened where it is 16-bit, computed and written. The bias's
+// gradient is added up in a [cols] row of the workspace on the way.
 #include "redline/kernels/cpu/activation.h"
 
 #include "redline/kernels/cpu/column_sums.h"
@@ -9,53 +9,49 @@
 namespace redline::cpu::REDLINE_ISA {
 namespace {
 
-template <typename Kind, typename Acc>
+template <typename Kind, typename T>
 void forward_elements(const ActivationForward& args, Range elements) {
-  Block<Acc> x_block, bias_block, y_block;
+  using Acc = arithmetic<T>;
+  Block<Acc> bias_block;
   for_element_blocks(elements, args.x.sizes[1], [&](int64_t row, int64_t col, int count) {
-    const Acc* x = RowReader<Acc>{args.x, row, x_block}(col, count);
+    const T* x = at<const T>(args.x, row, col);
+    T* y = at<T>(args.y, row, col);
     const Acc* bias = read_optional(args.bias, col, count, bias_block);
-    RowWriter<Acc> y(args.y, row, col, y_block);
     for_vectors<Acc>(count, [&](int i, int n) {
-      Vector<Acc> v = load(x + i, n);
+      Vector<Acc> v = load_wide(x + i, n);
       if (bias) v += load(bias + i, n);
-      store(y.values + i, Kind::value(v), n);
+      store_narrow(y + i, Kind::value(v), n);
     });
-    y.finish(count);
   });
 }
 
-template <typename Kind, typename Acc>
+template <typename Kind, typename T>
 void backward_elements(const ActivationBackward& args, int64_t chunk, Range elements) {
-  Block<Acc> x_block, y_grad_block, bias_block, x_grad_block;
+  using Acc = arithmetic<T>;
+  Block<Acc> bias_block;
   Acc* bias_sums = begin_chunk<Acc>(args.bias_grad, chunk);
   for_element_blocks(elements, args.x.sizes[1], [&](int64_t row, int64_t col, int count) {
-    const Acc* x = RowReader<Acc>{args.x, row, x_block}(col, count);
-    const Acc* y_grad = RowReader<Acc>{args.y_grad, row, y_grad_block}(col, count);
+    const T* x = at<const T>(args.x, row, col);
+    const T* y_grad = at<const T>(args.y_grad, row, col);
+    T* x_grad = at<T>(args.x_grad, row, col);
     const Acc* bias = read_optional(args.bias, col, count, bias_block);
     Acc* sums = bias_sums ? bias_sums + col : nullptr;
-    RowWriter<Acc> x_grad(args.x_grad, row, col, x_grad_block);
     for_vectors<Acc>(count, [&](int i, int n) {
-      Vector<Acc> v = load(x + i, n), value, derivative;
+      Vector<Acc> v = load_wide(x + i, n), value, derivative;
       if (bias) v += load(bias + i, n);
       Kind::derive(v, value, derivative);
-      const Vector<Acc> gradient = load(y_grad + i, n) * derivative;
-      store(x_grad.values + i, gradient, n);
+      const Vector<Acc> gradient = load_wide(y_grad + i, n) * derivative;
+      store_narrow(x_grad + i, gradient, n);
       if (sums) add_to(sums + i, gradient, n);
     });
-    x_grad.finish(count);
   });
 }
 
-// Calls visit.operator()<Kind, Acc>().
+// Calls visit.operator()<Kind, T>() with the storage type.
 template <typename Visit>
 void visit_kind(Activation kind, DType dtype, Visit visit) {
   const auto with = [&]<typename Kind>() {
-    if (dtype == DType::float64) {
-      visit.template operator()<Kind, double>();
-    } else {
-      visit.template operator()<Kind, float>();
-    }
+    visit_storage(dtype, [&]<typename T>() { visit.template operator()<Kind, T>(); });
   };
   switch (kind) {
     case Activation::gelu:
@@ -75,12 +71,12 @@ void visit_kind(Activation kind, DType dtype, Visit visit) {
 
 void forward(const ActivationForward& args, Range elements) {
   visit_kind(args.kind, args.x.dtype,
-             [&]<typename Kind, typename Acc>() { forward_elements<Kind, Acc>(args, elements); });
+             [&]<typename Kind, typename T>() { forward_elements<Kind, T>(args, elements); });
 }
 
 void backward(const ActivationBackward& args, int64_t chunk, Range elements) {
-  visit_kind(args.kind, args.x.dtype, [&]<typename Kind, typename Acc>() {
-    backward_elements<Kind, Acc>(args, chunk, elements);
+  visit_kind(args.kind, args.x.dtype, [&]<typename Kind, typename T>() {
+    backward_elements<Kind, T>(args, chunk, elements);
   });
 }
 

@@ -21,6 +21,56 @@ REDLINE_INLINE void for_element_blocks(Range elements, int64_t cols, Body body) 
   }
 }
 
+// Vectors of the arithmetic type from and to memory that holds T.
+template <typename T>
+struct Arithmetic {
+  using type = float;
+};
+template <>
+struct Arithmetic<double> {
+  using type = double;
+};
+template <typename T>
+using arithmetic = typename Arithmetic<T>::type;
+
+template <typename T>
+REDLINE_INLINE Vector<arithmetic<T>> load_wide(const T* from, int n) {
+  if constexpr (sizeof(T) == 2) {
+    return load_half(from, n);
+  } else {
+    return load(from, n);
+  }
+}
+template <typename T>
+REDLINE_INLINE void store_narrow(T* to, Vector<arithmetic<T>> v, int n) {
+  if constexpr (sizeof(T) == 2) {
+    store_half(to, v, n);
+  } else {
+    store(to, v, n);
+  }
+}
+
+// The element at (row, col).
+template <typename T>
+REDLINE_INLINE T* at(const TensorView& view, int64_t row, int64_t col) {
+  return view.as<T>() + row * view.strides[0] + col;
+}
+
+// Calls visit.operator()<T>() with the storage type; the check has refused all other dtypes.
+template <typename Visit>
+REDLINE_INLINE void visit_storage(DType dtype, Visit visit) {
+  switch (dtype) {
+    case DType::float64:
+      return visit.template operator()<double>();
+    case DType::bfloat16:
+      return visit.template operator()<bfloat16>();
+    case DType::float16:
+      return visit.template operator()<float16>();
+    default:
+      return visit.template operator()<float>();
+  }
+}
+
 // Elements of an optional vector; null where it is absent.
 template <typename Acc>
 REDLINE_INLINE const Acc* read_optional(const TensorView& view, int64_t offset, int count,

@@ -1,5 +1,5 @@
-// One pass: each block of a row is read, widened where it is 16-bit, computed and written. The
-// bias's gradient is added up in a [2 * cols] row of the workspace on the way.
+// One pass: each vector is read, widened where it is 16-bit, computed and written. The bias's
+// gradient is added up in a [2 * cols] row of the workspace on the way.
 #include "redline/kernels/cpu/gated_activation.h"
 
 #include "redline/kernels/cpu/column_sums.h"
@@ -47,24 +47,26 @@ struct ClampedSwiglu {
 };
 
 // gate + bias[:cols] and linear + bias[cols:] of one block of a row.
-template <typename Acc>
+template <typename T>
 struct Inputs {
-  Block<Acc> gate_block, linear_block, gate_bias_block, linear_bias_block;
-  const Acc *gate, *linear, *gate_bias, *linear_bias;
+  using Acc = arithmetic<T>;
+  Block<Acc> gate_bias_block, linear_bias_block;
+  const T *gate, *linear;
+  const Acc *gate_bias, *linear_bias;
 
   template <typename Args>
   REDLINE_INLINE void read_block(const Args& args, int64_t row, int64_t col, int count) {
-    gate = RowReader<Acc>{args.gate, row, gate_block}(col, count);
-    linear = RowReader<Acc>{args.linear, row, linear_block}(col, count);
+    gate = at<const T>(args.gate, row, col);
+    linear = at<const T>(args.linear, row, col);
     gate_bias = read_optional(args.bias, col, count, gate_bias_block);
     linear_bias = read_optional(args.bias, args.gate.sizes[1] + col, count, linear_bias_block);
   }
   REDLINE_INLINE Vector<Acc> a(int i, int n) const {
-    const Vector<Acc> v = load(gate + i, n);
+    const Vector<Acc> v = load_wide(gate + i, n);
     return gate_bias ? v + load(gate_bias + i, n) : v;
   }
   REDLINE_INLINE Vector<Acc> b(int i, int n) const {
-    const Vector<Acc> v = load(linear + i, n);
+    const Vector<Acc> v = load_wide(linear + i, n);
     return linear_bias ? v + load(linear_bias + i, n) : v;
   }
 };
@@ -75,12 +77,12 @@ Acc row_scale_of(const TensorView& row_scale, int64_t row) {
   return row_scale ? *read<Acc>(row_scale.data, row_scale.dtype, row, 1, block) : 1;
 }
 
-template <typename Kind, typename Acc>
+template <typename Kind, typename T>
 void forward_rows(const GatedActivationForward& args, Range rows) {
+  using Acc = arithmetic<T>;
   const Kind kind(args.activation);
   const int64_t counted = counted_rows(args.row_count, args.gate.sizes[0]);
-  Inputs<Acc> in;
-  Block<Acc> y_block;
+  Inputs<T> in;
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     if (row >= counted) {
       write_zeros(args.y, row);
@@ -89,23 +91,22 @@ void forward_rows(const GatedActivationForward& args, Range rows) {
     const Acc scale = row_scale_of<Acc>(args.row_scale, row);
     for_blocks(args.gate.sizes[1], [&](int64_t col, int count) {
       in.read_block(args, row, col, count);
-      RowWriter<Acc> y(args.y, row, col, y_block);
+      T* y = at<T>(args.y, row, col);
       for_vectors<Acc>(count, [&](int i, int n) {
-        store(y.values + i, kind.gate(in.a(i, n)) * kind.linear(in.b(i, n)) * scale, n);
+        store_narrow(y + i, kind.gate(in.a(i, n)) * kind.linear(in.b(i, n)) * scale, n);
       });
-      y.finish(count);
     });
   }
 }
 
-template <typename Kind, typename Acc>
+template <typename Kind, typename T>
 struct Backward {
+  using Acc = arithmetic<T>;
   const GatedActivationBackward& args;
   const Kind kind;
   Acc* gate_sums;  // [cols] each, of the chunk; null where no bias gradient is wanted
   Acc* linear_sums;
-  Inputs<Acc> in;
-  Block<Acc> y_grad_block, gate_grad_block, linear_grad_block;
+  Inputs<T> in;
 
   Backward(const GatedActivationBackward& args, int64_t chunk)
       : args(args),
@@ -116,34 +117,32 @@ struct Backward {
   // Returns the block's part of row_scale_grad.
   REDLINE_INLINE Acc run_block(int64_t row, int64_t col, int count, Acc scale) {
     in.read_block(args, row, col, count);
-    const Acc* y_grad = RowReader<Acc>{args.y_grad, row, y_grad_block}(col, count);
-    RowWriter<Acc> gate_grad(args.gate_grad, row, col, gate_grad_block);
-    RowWriter<Acc> linear_grad(args.linear_grad, row, col, linear_grad_block);
-    const Acc total = sum<Acc>(count, [&](int i, int n) {
-      const Vector<Acc> g = load(y_grad + i, n), b = in.b(i, n), linear = kind.linear(b);
+    const T* y_grad = at<const T>(args.y_grad, row, col);
+    T* gate_grad = at<T>(args.gate_grad, row, col);
+    T* linear_grad = at<T>(args.linear_grad, row, col);
+    return sum<Acc>(count, [&](int i, int n) {
+      const Vector<Acc> g = load_wide(y_grad + i, n), b = in.b(i, n), linear = kind.linear(b);
       Vector<Acc> value, derivative;
       kind.derive(in.a(i, n), value, derivative);
       const Vector<Acc> scaled = g * scale;
       const Vector<Acc> to_gate = scaled * linear * derivative;
       const Vector<Acc> to_linear = kind.linear_gradient(b, scaled * value);
-      store(gate_grad.values + i, to_gate, n);
-      store(linear_grad.values + i, to_linear, n);
+      store_narrow(gate_grad + i, to_gate, n);
+      store_narrow(linear_grad + i, to_linear, n);
       if (gate_sums) {
         add_to(gate_sums + col + i, to_gate, n);
         add_to(linear_sums + col + i, to_linear, n);
       }
       return g * value * linear;  // zero past n: y_grad is
     });
-    gate_grad.finish(count);
-    linear_grad.finish(count);
-    return total;
   }
 
   void store_row_scale_grad(int64_t row, Acc value) {
     if (!args.row_scale_grad) return;
+    Block<Acc> block;
     const TensorView& grad = args.row_scale_grad;
-    *begin_write(grad.data, grad.dtype, row, y_grad_block) = value;
-    finish_write(grad.data, grad.dtype, row, 1, y_grad_block);
+    *begin_write(grad.data, grad.dtype, row, block) = value;
+    finish_write(grad.data, grad.dtype, row, 1, block);
   }
 
   void run_rows(Range rows) {
@@ -163,40 +162,33 @@ struct Backward {
   }
 };
 
-// Calls visit.operator()<Kind, Acc>().
-template <typename Acc, typename Visit>
-void visit_kind(GatedActivation kind, Visit visit) {
-  switch (kind) {
-    case GatedActivation::swiglu:
-      return visit.template operator()<Plain<Acc, Silu>, Acc>();
-    case GatedActivation::geglu:
-      return visit.template operator()<Plain<Acc, Gelu>, Acc>();
-    case GatedActivation::reglu:
-      return visit.template operator()<Plain<Acc, Relu>, Acc>();
-    case GatedActivation::quick_geglu:
-      return visit.template operator()<Plain<Acc, QuickGelu>, Acc>();
-    case GatedActivation::clamped_swiglu:
-      return visit.template operator()<ClampedSwiglu<Acc>, Acc>();
-  }
-}
-
+// Calls visit.operator()<Kind, T>() with the storage type.
 template <typename Args, typename Visit>
 void visit_kind(const Args& args, Visit visit) {
-  if (args.gate.dtype == DType::float64) {
-    visit_kind<double>(args.activation.kind, visit);
-  } else {
-    visit_kind<float>(args.activation.kind, visit);
-  }
+  visit_storage(args.gate.dtype, [&]<typename T>() {
+    using Acc = arithmetic<T>;
+    switch (args.activation.kind) {
+      case GatedActivation::swiglu:
+        return visit.template operator()<Plain<Acc, Silu>, T>();
+      case GatedActivation::geglu:
+        return visit.template operator()<Plain<Acc, Gelu>, T>();
+      case GatedActivation::reglu:
+        return visit.template operator()<Plain<Acc, Relu>, T>();
+      case GatedActivation::quick_geglu:
+        return visit.template operator()<Plain<Acc, QuickGelu>, T>();
+      case GatedActivation::clamped_swiglu:
+        return visit.template operator()<ClampedSwiglu<Acc>, T>();
+    }
+  });
 }
 
 void forward(const GatedActivationForward& args, Range rows) {
-  visit_kind(args, [&]<typename Kind, typename Acc>() { forward_rows<Kind, Acc>(args, rows); });
+  visit_kind(args, [&]<typename Kind, typename T>() { forward_rows<Kind, T>(args, rows); });
 }
 
 void backward(const GatedActivationBackward& args, int64_t chunk, Range rows) {
-  visit_kind(args, [&]<typename Kind, typename Acc>() {
-    Backward<Kind, Acc>(args, chunk).run_rows(rows);
-  });
+  visit_kind(args,
+             [&]<typename Kind, typename T>() { Backward<Kind, T>(args, chunk).run_rows(rows); });
 }
 
 void finish(const GatedActivationBackward& args, Range cols) {

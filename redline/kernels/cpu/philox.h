@@ -35,8 +35,9 @@ constexpr int counters_at_once = lanes<double>;
 
 // 4 numbers for each of the counters [first, first + counters_at_once), in order, into `to`.
 REDLINE_INLINE void draw(int64_t seed, int64_t offset, uint64_t first, uint32_t* to) {
-  UInt64s index{};
-  for (int i = 0; i < counters_at_once; ++i) index[i] = first + static_cast<uint64_t>(i);
+  UInt64s index;
+  for (int i = 0; i < counters_at_once; ++i) index[i] = static_cast<uint64_t>(i);
+  index += first;
   const uint64_t step = static_cast<uint64_t>(offset) / 4;
   UInt64s c0 = UInt64s{} + step, c1 = UInt64s{} + (step >> 32), c2 = index, c3 = index >> 32;
   uint32_t k0 = static_cast<uint32_t>(seed);
@@ -52,10 +53,14 @@ REDLINE_INLINE void draw(int64_t seed, int64_t offset, uint64_t first, uint32_t*
     k1 += philox::weyl_1;
   }
   const UInt64s low = (c0 & 0xffffffffu) | (c1 << 32), high = (c2 & 0xffffffffu) | (c3 << 32);
+  UInt64s front, back;  // counter by counter: low, high, low, high ...
   for (int i = 0; i < counters_at_once; ++i) {
-    memcpy(to + 4 * i, reinterpret_cast<const char*>(&low) + 8 * i, 8);
-    memcpy(to + 4 * i + 2, reinterpret_cast<const char*>(&high) + 8 * i, 8);
+    front[i] = static_cast<uint64_t>(i / 2 + i % 2 * counters_at_once);
+    back[i] = front[i] + counters_at_once / 2;
   }
+  const UInt64s halves[2] = {__builtin_shuffle(low, high, front),
+                             __builtin_shuffle(low, high, back)};
+  memcpy(to, halves, sizeof(halves));
 }
 
 // What dropout multiplies each of `count` elements from `element` on by: `scale`, or 0 where the
