@@ -17,6 +17,7 @@ from redline.layers import GPT
 from redline.optim import AdamW, clip_grad_norm
 
 FORMAT = "redline.train_gpt"
+STATE = ("step", "exp_avg", "exp_avg_sq")
 SIZES = ("vocabulary", "layers", "hidden", "ffn", "heads", "kv_heads")
 
 
@@ -125,11 +126,7 @@ def load_checkpoint(path, model, optimizer, args):
     try:
         for index, (name, parameter) in enumerate(model.named_parameters()):
             prefix = f"optimizer.{name}."
-            state[index] = {
-                key.removeprefix(prefix): value
-                for key, value in tensors.items()
-                if key.startswith(prefix)
-            }
+            state[index] = {key: tensors[prefix + key] for key in STATE}
             with torch.no_grad():
                 parameter.copy_(tensors[f"model.{name}"])
         step = int(metadata["step"])
