@@ -7,8 +7,9 @@ Autograd of these is the reference for every gradient.
 import torch
 
 
-def attention(q, k, v, excluded, scale=None, sink=None, softcap=None):
+def attention(qkv, excluded, scale=None, sink=None, softcap=None):
     """[batch, length, heads, head_dim]; excluded: bool [queries, keys], or with batch and head."""
+    q, k, v = qkv
     group = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(group, 2) for x in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * (scale or q.shape[-1] ** -0.5)

@@ -81,7 +81,7 @@ def test_forward_and_backward(options, size, dtype, device):
         grads,
         ups[0],
         inputs,
-        lambda q, k, v: reference.attention(q, k, v, excluded, scale, None, softcap),
+        lambda *qkv: reference.attention(qkv, excluded, scale, None, softcap),
     )
 
 
@@ -94,7 +94,7 @@ def test_sink_and_its_gradient(dtype, device):
     )
     excluded = excluded_by(33, 33, causal=True)
     leaves = wide(*inputs)
-    truth = reference.attention(*leaves[:3], excluded, sink=leaves[3])
+    truth = reference.attention(leaves[:3], excluded, sink=leaves[3])
     expected = torch.autograd.grad(truth, leaves, ups[0].cpu().double())
     assert_close(outs[0].cpu(), truth.detach(), roundings=3, sums=16)
     for ours, theirs in zip(grads, expected, strict=True):
@@ -142,7 +142,8 @@ def test_packed_sequences_equal_their_own_attention(causal, window, packing, dev
             rows, cols = slice(at_q, at_q + length_q), slice(at_k, at_k + length_k)
             if length_q:
                 excluded = excluded_by(length_q, length_k, **options)
-                part = reference.attention(q[None, rows], k[None, cols], v[None, cols], excluded)
+                qkv = (q[None, rows], k[None, cols], v[None, cols])
+                part = reference.attention(qkv, excluded)
                 out = torch.cat([out[:at_q], part[0], out[at_q + length_q :]])
         return out
 

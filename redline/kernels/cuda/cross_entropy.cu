@@ -68,20 +68,20 @@ struct Running {
   float maximum, exponentials, sum;
 };
 
-// Adds the vectors that start at col, col + step, ...; those past the row's end count as -inf.
+// Adds the vectors; elements past the row's end, which a full tile has not, count as -inf.
 template <typename T, bool Full>
-__device__ __forceinline__ void add_vectors(const Logits& args, const T* row, int col, int step,
-                                            int shift, Running& running) {
+__device__ __forceinline__ void add_vectors(const T* row, RowVectors at, float softcap,
+                                            Running& running) {
   constexpr int N = vector_size<T>;
   Packed<T> packed[in_flight];
-  load_realigned(row, col, step, args.cols, shift, packed);
+  load_realigned(row, at, packed);
   float x[in_flight][N], maximum = running.maximum;
 #pragma unroll
   for (int v = 0; v < in_flight; ++v) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      x[v][i] = capped(to_float(packed[v].values[i]), args.softcap);
-      const bool inside = Full || col + v * step + i < args.cols;
+      x[v][i] = capped(to_float(packed[v].values[i]), softcap);
+      const bool inside = Full || at.col + v * at.step + i < at.cols;
       if (inside) running.sum += x[v][i];
       if (!inside) x[v][i] = negative_infinity();
       maximum = fmaxf(maximum, x[v][i]);
@@ -131,11 +131,11 @@ __global__ void __launch_bounds__(Threads, 1024 / Threads)
   int base = 0;
   for (; base + in_flight * step <= args.cols; base += in_flight * step) {
     const int col = base + static_cast<int>(threadIdx.x) * vector_size<T>;
-    add_vectors<T, true>(args, row, col, step, shift, running);
+    add_vectors<T, true>(row, {col, step, args.cols, shift}, args.softcap, running);
   }
   if (base < args.cols) {
     const int col = base + static_cast<int>(threadIdx.x) * vector_size<T>;
-    add_vectors<T, false>(args, row, col, step, shift, running);
+    add_vectors<T, false>(row, {col, step, args.cols, shift}, args.softcap, running);
   }
 
   const float maximum = block_max<Threads>(running.maximum, max_scratch);
@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(Threads, 1024 / Threads)
   const int begin = first + static_cast<int>(blockIdx.z * in_flight * step + threadIdx.x * N);
   for (int col = begin; col < args.cols; col += gridDim.z * in_flight * step) {
     Packed<T> packed[in_flight] = {};
-    if (!zeros) load_realigned(row, col, step, args.cols, shift, packed);
+    if (!zeros) load_realigned(row, {col, step, args.cols, shift}, packed);
 #pragma unroll
     for (int v = 0; v < in_flight; ++v) {
       const int at = col + v * step;

@@ -52,30 +52,34 @@ __device__ __forceinline__ Packed<T> load_realigned(const T* row, int col, int c
   return result;
 }
 
-// Count vectors at col, col + step, ...; loads come before the first shift, so that all of them are
-// in flight together.
+// Vectors of a row of `cols` at col, col + step, ...; `shift` is the misalignment of each.
+struct RowVectors {
+  int col, step, cols, shift;
+};
+
+// Count of them; loads come before the first shift, so that all of them are in flight together.
 template <typename T, int Count>
-__device__ __forceinline__ void load_realigned(const T* row, int col, int step, int cols, int shift,
+__device__ __forceinline__ void load_realigned(const T* row, RowVectors at,
                                                Packed<T> (&result)[Count]) {
   constexpr int N = vector_size<T>;
-  const int last = col + (Count - 1) * step;
-  if (shift != 0 && col >= N && last + 2 * N <= cols) {
-    const char* from = reinterpret_cast<const char*>(row + col) - shift;
+  const int last = at.col + (Count - 1) * at.step;
+  if (at.shift != 0 && at.col >= N && last + 2 * N <= at.cols) {
+    const char* from = reinterpret_cast<const char*>(row + at.col) - at.shift;
     uint4 low[Count], high[Count];
 #pragma unroll
     for (int v = 0; v < Count; ++v) {
-      const char* at = from + int64_t{v} * step * static_cast<int>(sizeof(T));
-      low[v] = *reinterpret_cast<const uint4*>(at);
-      high[v] = *reinterpret_cast<const uint4*>(at + 16);
+      const char* address = from + int64_t{v} * at.step * static_cast<int>(sizeof(T));
+      low[v] = *reinterpret_cast<const uint4*>(address);
+      high[v] = *reinterpret_cast<const uint4*>(address + 16);
     }
 #pragma unroll
     for (int v = 0; v < Count; ++v) {
-      *reinterpret_cast<uint4*>(&result[v]) = shift_bytes(low[v], high[v], shift);
+      *reinterpret_cast<uint4*>(&result[v]) = shift_bytes(low[v], high[v], at.shift);
     }
   } else {
 #pragma unroll
     for (int v = 0; v < Count; ++v) {
-      result[v] = load_realigned(row, col + v * step, cols, shift);
+      result[v] = load_realigned(row, at.col + v * at.step, at.cols, at.shift);
     }
   }
 }
