@@ -1,5 +1,7 @@
 #include "redline/kernels/activation.h"
 
+#include <string_view>
+
 #include "redline/kernels/cpu/activation.h"
 #include "redline/kernels/cpu/isa.h"
 #include "redline/kernels/operands.h"

@@ -42,7 +42,7 @@ namespace cuda {
 // more for each; constants, not questions to the device: the order of the sum must not change from
 // one GPU to the next.
 inline int64_t column_chunks(int64_t rows, int64_t cols) {
-  const int64_t most = std::max<int64_t>(1, 132 * 8 * 256 / std::max<int64_t>(256, cols));
+  const int64_t most = std::max<int64_t>(1, int64_t{132} * 8 * 256 / std::max<int64_t>(256, cols));
   return std::clamp<int64_t>(rows / 32, 1, most);
 }
 }  // namespace cuda

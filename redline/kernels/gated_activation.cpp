@@ -1,5 +1,7 @@
 #include "redline/kernels/gated_activation.h"
 
+#include <string_view>
+
 #include "redline/kernels/cpu/gated_activation.h"
 #include "redline/kernels/cpu/isa.h"
 #include "redline/kernels/operands.h"

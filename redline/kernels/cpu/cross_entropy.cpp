@@ -2,6 +2,8 @@
 // and then, out of L1, its exponentials are added. Gradient: one read and one write.
 #include "redline/kernels/cpu/cross_entropy.h"
 
+#include <string.h>
+
 #include "redline/kernels/cpu/block.h"
 #include "redline/kernels/cpu/running_sum.h"
 

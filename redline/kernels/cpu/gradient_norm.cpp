@@ -2,12 +2,14 @@
 // pass, bound by bytes.
 #include "redline/kernels/cpu/gradient_norm.h"
 
+#include <string.h>
+
 #include "redline/kernels/cpu/block.h"
 
 namespace redline::cpu::REDLINE_ISA {
 namespace {
 
-typedef float NarrowFloat32s __attribute__((vector_size(vector_bytes / 2)));
+using NarrowFloat32s __attribute__((vector_size(vector_bytes / 2))) = float;
 
 // As many float32 as there are float64 lanes, widened; zeros behind `count`.
 REDLINE_INLINE Float64s load_wide(const float* from, int count) {

@@ -36,7 +36,7 @@ REDLINE_INLINE void store_values(T* to, Vector<Accumulation<T>> v, int n) {
   }
 }
 
-typedef uint64_t UInt64s __attribute__((vector_size(vector_bytes)));
+using UInt64s __attribute__((vector_size(vector_bytes))) = uint64_t;
 
 // Lanes 2 i and 2 i + 1 change places.
 REDLINE_INLINE Float32s swap_neighbours(Float32s v) {

@@ -3,6 +3,8 @@
 // not read.
 #include "redline/kernels/cpu/softmax.h"
 
+#include <string.h>
+
 #include "redline/kernels/cpu/block.h"
 #include "redline/kernels/cpu/running_sum.h"
 
