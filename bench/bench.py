@@ -13,6 +13,7 @@ import argparse
 import datetime
 import functools
 import importlib
+import itertools
 import json
 import pathlib
 import platform
@@ -134,18 +135,27 @@ def cpu_timer(call, sets):
     return once
 
 
-def copy_call(device, size):
-    """A copy that moves `size` bytes in all, read and written."""
-    source = torch.randn(max(1, size // 8), device=device)
-    target = torch.empty_like(source)
-    return lambda *_: target.copy_(source)
+def copy_call(device, size, pairs=1):
+    """A copy that moves `size` bytes in all, read and written, another pair of buffers each call.
+
+    By an elementwise kernel: a captured `copy_` becomes a memcpy node, and one of 4 GB ran at 2.7
+    TB/s on an H200 where a kernel's runs at 4.3.
+    """
+    sources = [torch.randn(max(1, size // 8), device=device) for _ in range(pairs)]
+    buffers = itertools.cycle([(source, torch.empty_like(source)) for source in sources])
+
+    def call(*_):
+        source, target = next(buffers)
+        torch.neg(source, out=target)
+
+    return call
 
 
 def measure(case, device):
     """Interleaved medians; a variant that fails is left out with its reason on stderr."""
     sets = input_sets(case, device)
     timers = {}
-    for name, call in {"copy": copy_call(device, case.bytes), **case.calls}.items():
+    for name, call in {"copy": copy_call(device, case.bytes, len(sets)), **case.calls}.items():
         try:
             timers[name] = (cuda_timer if device == "cuda" else cpu_timer)(call, sets)
         except Exception as error:
