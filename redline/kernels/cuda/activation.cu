@@ -14,15 +14,14 @@ namespace {
 struct Common {
   Extent extent;
   Matrix x, bias;
-  bool aligned;
 };
 
-template <typename T>
-__device__ __forceinline__ void add_bias(const Common& args, const Place& at,
+template <typename T, bool Aligned>
+__device__ __forceinline__ void add_bias(const Common& args, const Place<Aligned>& at,
                                          const Packed<T>& packed, float (&x)[vector_size<T>]) {
   float bias[vector_size<T>] = {};
   if (args.bias.data != nullptr) {
-    load_mixed<T>(args.bias.data, args.bias.is_float32, 0, at.col, at.end, args.aligned, bias);
+    load_mixed<T>(args.bias.data, args.bias.is_float32, 0, at.col, at.end, Aligned, bias);
   }
 #pragma unroll
   for (int i = 0; i < vector_size<T>; ++i) x[i] = to_float(packed.values[i]) + bias[i];
@@ -34,15 +33,17 @@ struct Forward : Common {
   using Input = Packed<T>;
   Matrix y;
 
-  __device__ __forceinline__ Input load(const Place& at) const {
-    return cuda::load(x.row<const T>(at.row), at.col, at.end, aligned);
+  template <bool Aligned>
+  __device__ __forceinline__ Input load(const Place<Aligned>& at) const {
+    return cuda::load(x.row<const T>(at.row), at);
   }
-  __device__ __forceinline__ void run(const Place& at, const Input& in) const {
+  template <bool Aligned>
+  __device__ __forceinline__ void run(const Place<Aligned>& at, const Input& in) const {
     float values[size];
     add_bias<T>(*this, at, in, values);
 #pragma unroll
     for (int i = 0; i < size; ++i) values[i] = Function::value(values[i]);
-    store(y.row<T>(at.row), at.col, at.end, aligned, pack<T>(values));
+    store(y.row<T>(at.row), at, pack<T>(values));
   }
 };
 
@@ -54,11 +55,12 @@ struct Backward : Common {
   };
   Matrix y_grad, x_grad;
 
-  __device__ __forceinline__ Input load(const Place& at) const {
-    return {cuda::load(x.row<const T>(at.row), at.col, at.end, aligned),
-            cuda::load(y_grad.row<const T>(at.row), at.col, at.end, aligned)};
+  template <bool Aligned>
+  __device__ __forceinline__ Input load(const Place<Aligned>& at) const {
+    return {cuda::load(x.row<const T>(at.row), at), cuda::load(y_grad.row<const T>(at.row), at)};
   }
-  __device__ __forceinline__ void gradient(const Place& at, const Input& in,
+  template <bool Aligned>
+  __device__ __forceinline__ void gradient(const Place<Aligned>& at, const Input& in,
                                            float (&result)[size]) const {
     float values[size];
     add_bias<T>(*this, at, in.x, values);
@@ -68,13 +70,15 @@ struct Backward : Common {
       Function::derive(values[i], value, derivative);
       result[i] = to_float(in.y_grad.values[i]) * derivative;
     }
-    store(x_grad.row<T>(at.row), at.col, at.end, aligned, pack<T>(result));
+    store(x_grad.row<T>(at.row), at, pack<T>(result));
   }
-  __device__ __forceinline__ void run(const Place& at, const Input& in) const {
+  template <bool Aligned>
+  __device__ __forceinline__ void run(const Place<Aligned>& at, const Input& in) const {
     float result[size];
     gradient(at, in, result);
   }
-  __device__ __forceinline__ void run(const Place& at, const Input& in,
+  template <bool Aligned>
+  __device__ __forceinline__ void run(const Place<Aligned>& at, const Input& in,
                                       float (&totals)[sums][size]) const {
     float result[size];
     gradient(at, in, result);
@@ -111,26 +115,26 @@ void visit_kind(Activation kind, DType dtype, Visit visit) {
 void run(const ActivationForward& args, Stream stream) {
   using namespace cuda;
   const bool flat = is_flat(args.x) && !args.bias;
-  const bool aligned = is_aligned_or_flat(flat, {&args.x, &args.bias, &args.y});
+  const bool aligned = is_aligned({&args.x, &args.bias, &args.y});
   visit_kind(args.kind, args.x.dtype, [&]<typename T, typename Function>() {
     const Common common = {extent("activation", args.x, vector_size<T>, flat), matrix(args.x, flat),
-                           matrix(args.bias, false), aligned};
-    launch_elements(Forward<T, Function>{common, matrix(args.y, flat)}, stream);
+                           matrix(args.bias, false)};
+    launch_elements(Forward<T, Function>{common, matrix(args.y, flat)}, aligned, stream);
   });
 }
 
 void run(const ActivationBackward& args, Stream stream) {
   using namespace cuda;
   const bool flat = is_flat(args.x) && !args.bias;
-  const bool aligned = is_aligned_or_flat(flat, {&args.x, &args.bias, &args.y_grad, &args.x_grad});
+  const bool aligned = is_aligned({&args.x, &args.bias, &args.y_grad, &args.x_grad});
   visit_kind(args.kind, args.x.dtype, [&]<typename T, typename Function>() {
     const Common common = {extent("activation", args.x, vector_size<T>, flat), matrix(args.x, flat),
-                           matrix(args.bias, false), aligned};
+                           matrix(args.bias, false)};
     const Backward<T, Function> op{common, matrix(args.y_grad, flat), matrix(args.x_grad, flat)};
     if (args.bias_grad.total) {
-      launch_columns(op, args.bias_grad, stream);
+      launch_columns(op, args.bias_grad, aligned, stream);
     } else {
-      launch_elements(op, stream);
+      launch_elements(op, aligned, stream);
     }
   });
 }

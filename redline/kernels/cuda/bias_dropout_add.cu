@@ -25,8 +25,8 @@ struct Dropout {
     return {seed, offset};
   }
   // Exactly zero where the element is dropped, whatever it holds.
-  template <int N>
-  __device__ __forceinline__ void apply(const Place& at, float (&values)[N]) const {
+  template <bool Aligned, int N>
+  __device__ __forceinline__ void apply(const Place<Aligned>& at, float (&values)[N]) const {
     if (!random) return;
     uint32_t numbers[N];
     draw(key(), static_cast<uint64_t>(at.row * cols + at.col), numbers);
@@ -42,37 +42,38 @@ Dropout dropout(const PhiloxState& state, bool random, double probability, const
           static_cast<float>(philox::keep_scale(probability)), extent.cols};
 }
 
-template <typename T>
+// R: what residual and y hold.
+template <typename T, typename R>
 struct Forward {
   static constexpr int size = vector_size<T>, in_flight = 2;
   struct Input {
     Packed<T> x;
-    float residual[size];
+    Packed<R, size> residual;
   };
   Extent extent;
   Dropout dropout;
   Matrix x, bias, residual, y;
   int64_t* rng_state;
-  bool aligned;
 
-  __device__ __forceinline__ Input load(const Place& at) const {
+  template <bool Aligned>
+  __device__ __forceinline__ Input load(const Place<Aligned>& at) const {
     Input in;
-    in.x = cuda::load(x.row<const T>(at.row), at.col, at.end, aligned);
-    load_mixed<T>(residual.data, residual.is_float32, at.row * residual.stride, at.col, at.end,
-                  aligned, in.residual);
+    in.x = cuda::load(x.row<const T>(at.row), at);
+    in.residual = cuda::load<R, Aligned, size>(residual.row<const R>(at.row), at);
     return in;
   }
-  __device__ __forceinline__ void run(const Place& at, const Input& in) const {
+  template <bool Aligned>
+  __device__ __forceinline__ void run(const Place<Aligned>& at, const Input& in) const {
     float values[size], added[size] = {};
     if (bias.data != nullptr) {
-      load_mixed<T>(bias.data, bias.is_float32, 0, at.col, at.end, aligned, added);
+      load_mixed<T>(bias.data, bias.is_float32, 0, at.col, at.end, Aligned, added);
     }
 #pragma unroll
     for (int i = 0; i < size; ++i) values[i] = to_float(in.x.values[i]) + added[i];
     dropout.apply(at, values);
 #pragma unroll
-    for (int i = 0; i < size; ++i) values[i] += in.residual[i];
-    store_mixed<T>(y.data, y.is_float32, at.row * y.stride, at.col, at.end, aligned, values);
+    for (int i = 0; i < size; ++i) values[i] += to_float(in.residual.values[i]);
+    store(y.row<R>(at.row), at, pack<R>(values));
     if (rng_state != nullptr && at.row == 0 && at.col == 0) store_state();
   }
   __device__ __forceinline__ void store_state() const {
@@ -83,40 +84,58 @@ struct Forward {
 };
 
 // Of an empty matrix: no thread has element 0.
-template <typename T>
-__global__ void state_kernel(const Forward<T> op) {
+template <typename T, typename R>
+__global__ void state_kernel(const Forward<T, R> op) {
   op.store_state();
 }
 
-template <typename T>
+// R: what y_grad holds.
+template <typename T, typename R>
 struct Backward {
   static constexpr int size = vector_size<T>, in_flight = 4, sums = 1;
-  struct Input {
-    float y_grad[size];
-  };
+  using Input = Packed<R, size>;
   Extent extent;
   Dropout dropout;
   Matrix y_grad, x_grad;
-  bool aligned;
 
-  __device__ __forceinline__ Input load(const Place& at) const {
-    Input in;
-    load_mixed<T>(y_grad.data, y_grad.is_float32, at.row * y_grad.stride, at.col, at.end, aligned,
-                  in.y_grad);
-    return in;
+  template <bool Aligned>
+  __device__ __forceinline__ Input load(const Place<Aligned>& at) const {
+    return cuda::load<R, Aligned, size>(y_grad.row<const R>(at.row), at);
   }
-  __device__ __forceinline__ void run(const Place& at, Input in) const {
-    dropout.apply(at, in.y_grad);
-    store(x_grad.row<T>(at.row), at.col, at.end, aligned, pack<T>(in.y_grad));
-  }
-  __device__ __forceinline__ void run(const Place& at, Input in,
-                                      float (&totals)[sums][size]) const {
-    dropout.apply(at, in.y_grad);
-    store(x_grad.row<T>(at.row), at.col, at.end, aligned, pack<T>(in.y_grad));
+  template <bool Aligned>
+  __device__ __forceinline__ void gradient(const Place<Aligned>& at, const Input& in,
+                                           float (&result)[size]) const {
 #pragma unroll
-    for (int i = 0; i < size; ++i) totals[0][i] += in.y_grad[i];
+    for (int i = 0; i < size; ++i) result[i] = to_float(in.values[i]);
+    dropout.apply(at, result);
+    store(x_grad.row<T>(at.row), at, pack<T>(result));
+  }
+  template <bool Aligned>
+  __device__ __forceinline__ void run(const Place<Aligned>& at, const Input& in) const {
+    float result[size];
+    gradient(at, in, result);
+  }
+  template <bool Aligned>
+  __device__ __forceinline__ void run(const Place<Aligned>& at, const Input& in,
+                                      float (&totals)[sums][size]) const {
+    float result[size];
+    gradient(at, in, result);
+#pragma unroll
+    for (int i = 0; i < size; ++i) totals[0][i] += result[i];
   }
 };
+
+// Calls visit.operator()<T, R>(): R is T or float32.
+template <typename Visit>
+void visit_dtypes(DType x, DType wide, Visit visit) {
+  visit_dtype<float, bfloat16, float16>("bias_dropout_add", x, [&]<typename Host>() {
+    using T = device_type<Host>;
+    if constexpr (sizeof(T) == 2) {
+      if (wide == DType::float32) return visit.template operator()<T, float>();
+    }
+    visit.template operator()<T, T>();
+  });
+}
 
 }  // namespace
 }  // namespace cuda
@@ -125,21 +144,19 @@ void run(const BiasDropoutAddForward& args, Stream stream) {
   using namespace cuda;
   const bool flat = is_flat(args.x) && !args.bias;
   const bool random = static_cast<bool>(args.rng_state);
-  const bool aligned = is_aligned_or_flat(flat, {&args.x, &args.bias, &args.residual, &args.y});
-  visit_dtype<float, bfloat16, float16>("bias_dropout_add", args.x.dtype, [&]<typename Host>() {
-    using T = device_type<Host>;
+  const bool aligned = is_aligned({&args.x, &args.bias, &args.residual, &args.y});
+  visit_dtypes(args.x.dtype, args.residual.dtype, [&]<typename T, typename R>() {
     const Extent size = extent("bias_dropout_add", args.x, vector_size<T>, flat);
-    const Forward<T> op = {size,
-                           dropout(args.philox, random, args.probability, size),
-                           matrix(args.x, flat),
-                           matrix(args.bias, false),
-                           matrix(args.residual, flat),
-                           matrix(args.y, flat),
-                           args.rng_state.as<int64_t>(),
-                           aligned};
-    launch_elements(op, stream);
+    const Forward<T, R> op = {size,
+                              dropout(args.philox, random, args.probability, size),
+                              matrix(args.x, flat),
+                              matrix(args.bias, false),
+                              matrix(args.residual, flat),
+                              matrix(args.y, flat),
+                              args.rng_state.as<int64_t>()};
+    launch_elements(op, aligned, stream);
     if (random && size.elements == 0) {
-      launch(state_kernel<T>, {.grid = dim3(1), .block = dim3(1), .stream = stream}, op);
+      launch(state_kernel<T, R>, {.grid = dim3(1), .block = dim3(1), .stream = stream}, op);
     }
   });
 }
@@ -148,22 +165,20 @@ void run(const BiasDropoutAddBackward& args, Stream stream) {
   using namespace cuda;
   const bool flat = is_flat(args.x_grad) && !args.bias_grad.total;
   const bool random = static_cast<bool>(args.rng_state);
-  const bool aligned = is_aligned_or_flat(flat, {&args.y_grad, &args.x_grad});
+  const bool aligned = is_aligned({&args.y_grad, &args.x_grad});
   const int64_t* state = args.rng_state.as<const int64_t>();
   const PhiloxState philox = {.seed_pointer = state,
                               .offset_pointer = random ? state + 1 : nullptr};
-  visit_dtype<float, bfloat16, float16>(
-      "bias_dropout_add", args.x_grad.dtype, [&]<typename Host>() {
-        using T = device_type<Host>;
-        const Extent size = extent("bias_dropout_add", args.x_grad, vector_size<T>, flat);
-        const Backward<T> op = {size, dropout(philox, random, args.probability, size),
-                                matrix(args.y_grad, flat), matrix(args.x_grad, flat), aligned};
-        if (args.bias_grad.total) {
-          launch_columns(op, args.bias_grad, stream);
-        } else {
-          launch_elements(op, stream);
-        }
-      });
+  visit_dtypes(args.x_grad.dtype, args.y_grad.dtype, [&]<typename T, typename R>() {
+    const Extent size = extent("bias_dropout_add", args.x_grad, vector_size<T>, flat);
+    const Backward<T, R> op = {size, dropout(philox, random, args.probability, size),
+                               matrix(args.y_grad, flat), matrix(args.x_grad, flat)};
+    if (args.bias_grad.total) {
+      launch_columns(op, args.bias_grad, aligned, stream);
+    } else {
+      launch_elements(op, aligned, stream);
+    }
+  });
 }
 
 }  // namespace redline

@@ -1,11 +1,12 @@
 // The walks of element-by-element kernels over [rows, cols] matrices, by 16-byte vectors that never
 // cross a row. An `Op` says what happens to a vector:
-//   Input load(Place)           starts the loads of one vector
-//   void run(Place, Input)      computes and stores it
+//   Input load(Place<A>)        starts the loads of one vector, no conversion behind them
+//   void run(Place<A>, Input)   computes and stores it
 // and, for column sums, run() takes a float [sums][N] more and adds what it sums to it.
 // The thread that has a vector does not depend on where tensors lie; sums are in fixed order.
 #pragma once
 
+#include "redline/core/dispatch.h"
 #include "redline/kernels/column_sums.h"
 #include "redline/kernels/cuda/device/vector.cuh"
 #include "redline/kernels/cuda/launch.h"
@@ -26,25 +27,31 @@ struct Matrix {
   }
 };
 
-// Elements [col, end) of row `row`, N of them or fewer.
-struct Place {
-  int64_t row;
-  int col, end;
-};
-
 // `cols` elements per row but in the last one of a matrix that stands for one long row.
 struct Extent {
   int64_t elements, rows;
   int cols, vectors;  // vectors per row
 
-  __device__ __forceinline__ Place place(int64_t vector, int size) const {
+  // Vector `step` after vector `first` of the matrix. `first` is split once for a thread's vectors:
+  // a 64-bit division costs a hundred instructions.
+  struct Split {
     int64_t row;
-    if (rows * vectors <= UINT32_MAX) {  // a 64-bit division costs a hundred instructions
-      row = static_cast<uint32_t>(vector) / static_cast<uint32_t>(vectors);
-    } else {
-      row = vector / vectors;
+    uint32_t vector;
+  };
+  __device__ __forceinline__ Split split(int64_t first) const {
+    if (rows * vectors <= UINT32_MAX) {
+      const uint32_t row = static_cast<uint32_t>(first) / static_cast<uint32_t>(vectors);
+      return {row, static_cast<uint32_t>(first) - row * static_cast<uint32_t>(vectors)};
     }
-    const int col = static_cast<int>(vector - row * vectors) * size;
+    const int64_t row = first / vectors;
+    return {row, static_cast<uint32_t>(first - row * vectors)};
+  }
+  template <bool Aligned>
+  __device__ __forceinline__ Place<Aligned> place(Split first, uint32_t step, int size) const {
+    const uint32_t vector = first.vector + step;
+    const uint32_t rows_on = vector / static_cast<uint32_t>(vectors);
+    const int64_t row = first.row + rows_on;
+    const int col = static_cast<int>(vector - rows_on * static_cast<uint32_t>(vectors)) * size;
     return {row, col, end(row)};
   }
   __device__ __forceinline__ int end(int64_t row) const {
@@ -74,43 +81,41 @@ inline Extent extent(const char* op, const TensorView& view, int size, bool flat
   return {elements, view.sizes[0], cols, static_cast<int>(ceil_div(cols, size))};
 }
 
-// True when every row of every view may be read by 16 bytes; `flat` rows need their start alone.
-inline bool is_aligned_or_flat(bool flat, std::initializer_list<const TensorView*> views) {
-  if (!flat) return is_aligned(views);
-  return std::all_of(views.begin(), views.end(), [](const TensorView* view) {
-    return reinterpret_cast<uintptr_t>(view->data) % 16 == 0;
-  });
-}
-
 constexpr int element_threads = 256;
 
-template <typename Op>
+template <typename Op, bool Aligned>
 __global__ void __launch_bounds__(element_threads) element_kernel(const Op op) {
   constexpr int U = Op::in_flight;
   const Extent& extent = op.extent;
   const int64_t total = extent.rows * extent.vectors;
   const int64_t first = int64_t{blockIdx.x} * (element_threads * U) + threadIdx.x;
+  if (first >= total) return;
+  const auto split = extent.split(first);
+  const auto place = [&](int u) {
+    return extent.place<Aligned>(split, u * element_threads, Op::size);
+  };
   typename Op::Input in[U];
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    const int64_t vector = first + u * element_threads;
-    if (vector < total) in[u] = op.load(extent.place(vector, Op::size));
+    if (first + u * element_threads < total) in[u] = op.load(place(u));
   }
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    const int64_t vector = first + u * element_threads;
-    if (vector < total) op.run(extent.place(vector, Op::size), in[u]);
+    if (first + u * element_threads < total) op.run(place(u), in[u]);
   }
 }
 
+// `aligned`: every row of every view may be read by 16 bytes.
 template <typename Op>
-void launch_elements(const Op& op, Stream stream) {
+void launch_elements(const Op& op, bool aligned, Stream stream) {
   const int64_t total = op.extent.rows * op.extent.vectors;
-  launch(element_kernel<Op>,
-         {.grid = dim3(ceil_div(total, element_threads * Op::in_flight)),
-          .block = dim3(element_threads),
-          .stream = stream},
-         op);
+  visit_bool(aligned, [&]<bool Aligned>() {
+    launch(element_kernel<Op, Aligned>,
+           {.grid = dim3(ceil_div(total, element_threads * Op::in_flight)),
+            .block = dim3(element_threads),
+            .stream = stream},
+           op);
+  });
 }
 
 // A block has 32 vectors of columns and the rows of a chunk, which eight warps take in turn, the
@@ -141,7 +146,7 @@ __device__ __forceinline__ void store_column_sums(const Op& op, float* partial,
   }
 }
 
-template <typename Op>
+template <typename Op, bool Aligned>
 __global__ void __launch_bounds__(32 * column_warps)
     column_kernel(const Op op, float* partial, int64_t rows_per_chunk) {
   const int col = static_cast<int>(blockIdx.x * 32 + threadIdx.x) * Op::size;
@@ -151,11 +156,11 @@ __global__ void __launch_bounds__(32 * column_warps)
   if (col < op.extent.cols) {
     int64_t row = begin + threadIdx.y;
     typename Op::Input current, next;
-    if (row < end) current = op.load(Place{row, col, op.extent.cols});
+    if (row < end) current = op.load(Place<Aligned>{row, col, op.extent.cols});
     for (; row < end; row += column_warps) {
       const int64_t following = row + column_warps;
-      if (following < end) next = op.load(Place{following, col, op.extent.cols});
-      op.run(Place{row, col, op.extent.cols}, current, sums);
+      if (following < end) next = op.load(Place<Aligned>{following, col, op.extent.cols});
+      op.run(Place<Aligned>{row, col, op.extent.cols}, current, sums);
       current = next;
     }
   }
@@ -164,13 +169,15 @@ __global__ void __launch_bounds__(32 * column_warps)
 
 // Runs op over the matrix and sums its columns; `sums` hold Op::sums * cols columns.
 template <typename Op>
-void launch_columns(const Op& op, const ColumnSums& sums, Stream stream) {
+void launch_columns(const Op& op, const ColumnSums& sums, bool aligned, Stream stream) {
   const int64_t chunks = sums.partial.sizes[0];
-  launch(column_kernel<Op>,
-         {.grid = dim3(ceil_div(op.extent.vectors, 32), chunks),
-          .block = dim3(32, column_warps),
-          .stream = stream},
-         op, sums.partial.template as<float>(), ceil_div(op.extent.rows, chunks));
+  visit_bool(aligned, [&]<bool Aligned>() {
+    launch(column_kernel<Op, Aligned>,
+           {.grid = dim3(ceil_div(op.extent.vectors, 32), chunks),
+            .block = dim3(32, column_warps),
+            .stream = stream},
+           op, sums.partial.template as<float>(), ceil_div(op.extent.rows, chunks));
+  });
   sum_chunks(sums.partial, sums.total, stream);
 }
 

@@ -21,12 +21,13 @@ struct Backward : Common {
   };
   Matrix y_grad, gate_grad, linear_grad, row_scale_grad;
 
-  __device__ __forceinline__ Input load(const Place& at) const {
-    return {cuda::load(gate.row<const T>(at.row), at.col, at.end, aligned),
-            cuda::load(linear.row<const T>(at.row), at.col, at.end, aligned),
-            cuda::load(y_grad.row<const T>(at.row), at.col, at.end, aligned)};
+  template <bool Aligned>
+  __device__ __forceinline__ Input load(const Place<Aligned>& at) const {
+    return {cuda::load(gate.row<const T>(at.row), at), cuda::load(linear.row<const T>(at.row), at),
+            cuda::load(y_grad.row<const T>(at.row), at)};
   }
-  __device__ __forceinline__ Gradients compute(const Place& at, const Input& in) const {
+  template <bool Aligned>
+  __device__ __forceinline__ Gradients compute(const Place<Aligned>& at, const Input& in) const {
     Gradients out = {};
     if (!counts(at.row)) return out;
     float a[size], b[size];
@@ -44,14 +45,18 @@ struct Backward : Common {
     }
     return out;
   }
-  __device__ __forceinline__ void store_gradients(const Place& at, const Gradients& out) const {
-    store(gate_grad.row<T>(at.row), at.col, at.end, aligned, pack<T>(out.gate));
-    store(linear_grad.row<T>(at.row), at.col, at.end, aligned, pack<T>(out.linear));
+  template <bool Aligned>
+  __device__ __forceinline__ void store_gradients(const Place<Aligned>& at,
+                                                  const Gradients& out) const {
+    store(gate_grad.row<T>(at.row), at, pack<T>(out.gate));
+    store(linear_grad.row<T>(at.row), at, pack<T>(out.linear));
   }
-  __device__ __forceinline__ void run(const Place& at, const Input& in) const {
+  template <bool Aligned>
+  __device__ __forceinline__ void run(const Place<Aligned>& at, const Input& in) const {
     store_gradients(at, compute(at, in));
   }
-  __device__ __forceinline__ void run(const Place& at, const Input& in,
+  template <bool Aligned>
+  __device__ __forceinline__ void run(const Place<Aligned>& at, const Input& in,
                                       float (&totals)[sums][size]) const {
     const Gradients out = compute(at, in);
     store_gradients(at, out);
@@ -73,7 +78,7 @@ struct Backward : Common {
 constexpr int row_block = 256;
 
 // Threads share a row. `with_gradients` is false where the column kernel has stored them.
-template <typename Op, int Threads>
+template <typename Op, int Threads, bool Aligned>
 __global__ void __launch_bounds__(row_block) row_kernel(const Op op, bool with_gradients) {
   __shared__ float scratch[32];
   const int thread = threadIdx.x % Threads;
@@ -83,11 +88,11 @@ __global__ void __launch_bounds__(row_block) row_kernel(const Op op, bool with_g
   float total[1] = {};
   typename Op::Input current, next;
   int col = thread * Op::size;
-  if (col < cols) current = op.load(Place{row, col, cols});
+  if (col < cols) current = op.load(Place<Aligned>{row, col, cols});
   for (; col < cols; col += step) {
-    if (col + step < cols) next = op.load(Place{row, col + step, cols});
-    const auto out = op.compute(Place{row, col, cols}, current);
-    if (with_gradients) op.store_gradients(Place{row, col, cols}, out);
+    if (col + step < cols) next = op.load(Place<Aligned>{row, col + step, cols});
+    const auto out = op.compute(Place<Aligned>{row, col, cols}, current);
+    if (with_gradients) op.store_gradients(Place<Aligned>{row, col, cols}, out);
     total[0] += out.row_scale;
     current = next;
   }
@@ -96,13 +101,15 @@ __global__ void __launch_bounds__(row_block) row_kernel(const Op op, bool with_g
 }
 
 template <typename Op>
-void launch_rows(const Op& op, bool with_gradients, Stream stream) {
+void launch_rows(const Op& op, bool with_gradients, bool aligned, Stream stream) {
   const auto launch_shared = [&]<int Threads>() {
-    launch(row_kernel<Op, Threads>,
-           {.grid = dim3(ceil_div(op.extent.rows, row_block / Threads)),
-            .block = dim3(row_block),
-            .stream = stream},
-           op, with_gradients);
+    visit_bool(aligned, [&]<bool Aligned>() {
+      launch(row_kernel<Op, Threads, Aligned>,
+             {.grid = dim3(ceil_div(op.extent.rows, row_block / Threads)),
+              .block = dim3(row_block),
+              .stream = stream},
+             op, with_gradients);
+    });
   };
   if (op.extent.vectors <= 128) {
     launch_shared.template operator()<32>();
@@ -119,15 +126,15 @@ void run(const GatedActivationBackward& args, Stream stream) {
   const bool aligned = is_aligned(
       {&args.gate, &args.linear, &args.bias, &args.y_grad, &args.gate_grad, &args.linear_grad});
   visit_kind(args.activation.kind, args.gate.dtype, [&]<typename T, typename Kind>() {
-    const Backward<T, Kind> op{common(args, vector_size<T>, aligned), matrix(args.y_grad, false),
+    const Backward<T, Kind> op{common(args, vector_size<T>), matrix(args.y_grad, false),
                                matrix(args.gate_grad, false), matrix(args.linear_grad, false),
                                matrix(args.row_scale_grad, false)};
     const bool with_bias = static_cast<bool>(args.bias_grad.total);
-    if (with_bias) launch_columns(op, args.bias_grad, stream);
+    if (with_bias) launch_columns(op, args.bias_grad, aligned, stream);
     if (args.row_scale_grad) {
-      launch_rows(op, !with_bias, stream);
+      launch_rows(op, !with_bias, aligned, stream);
     } else if (!with_bias) {
-      launch_elements(op, stream);
+      launch_elements(op, aligned, stream);
     }
   });
 }

@@ -67,7 +67,6 @@ struct Common {
   Matrix gate, linear, bias, row_scale;
   const int64_t* row_count;
   Parameters parameters;
-  bool aligned;
 
   // Rows from the device's row count on hold nothing.
   __device__ __forceinline__ bool counts(int64_t row) const {
@@ -80,12 +79,13 @@ struct Common {
                                 : to_float(static_cast<const T*>(row_scale.data)[row]);
   }
   // values = packed + the bias from element `offset` on.
-  template <typename T>
-  __device__ __forceinline__ void add_bias(const Place& at, int offset, const Packed<T>& packed,
+  template <typename T, bool Aligned>
+  __device__ __forceinline__ void add_bias(const Place<Aligned>& at, int offset,
+                                           const Packed<T>& packed,
                                            float (&values)[vector_size<T>]) const {
     float added[vector_size<T>] = {};
     if (bias.data != nullptr) {
-      load_mixed<T>(bias.data, bias.is_float32, offset, at.col, at.end, aligned, added);
+      load_mixed<T>(bias.data, bias.is_float32, offset, at.col, at.end, Aligned, added);
     }
 #pragma unroll
     for (int i = 0; i < vector_size<T>; ++i) values[i] = to_float(packed.values[i]) + added[i];
@@ -93,15 +93,14 @@ struct Common {
 };
 
 template <typename Args>
-Common common(const Args& args, int size, bool aligned) {
+Common common(const Args& args, int size) {
   return {.extent = extent("gated_activation", args.gate, size, false),
           .gate = matrix(args.gate, false),
           .linear = matrix(args.linear, false),
           .bias = matrix(args.bias, false),
           .row_scale = matrix(args.row_scale, false),
           .row_count = args.row_count.template as<const int64_t>(),
-          .parameters = parameters(args.activation),
-          .aligned = aligned};
+          .parameters = parameters(args.activation)};
 }
 
 // Calls visit.operator()<T, Kind>().

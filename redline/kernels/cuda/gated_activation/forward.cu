@@ -14,11 +14,12 @@ struct Forward : Common {
   };
   Matrix y;
 
-  __device__ __forceinline__ Input load(const Place& at) const {
-    return {cuda::load(gate.row<const T>(at.row), at.col, at.end, aligned),
-            cuda::load(linear.row<const T>(at.row), at.col, at.end, aligned)};
+  template <bool Aligned>
+  __device__ __forceinline__ Input load(const Place<Aligned>& at) const {
+    return {cuda::load(gate.row<const T>(at.row), at), cuda::load(linear.row<const T>(at.row), at)};
   }
-  __device__ __forceinline__ void run(const Place& at, const Input& in) const {
+  template <bool Aligned>
+  __device__ __forceinline__ void run(const Place<Aligned>& at, const Input& in) const {
     float a[size], b[size], result[size] = {};
     if (counts(at.row)) {
       add_bias<T>(at, 0, in.gate, a);
@@ -29,7 +30,7 @@ struct Forward : Common {
         result[i] = Kind::gate(a[i], parameters) * Kind::linear(b[i], parameters) * factor;
       }
     }
-    store(y.row<T>(at.row), at.col, at.end, aligned, pack<T>(result));
+    store(y.row<T>(at.row), at, pack<T>(result));
   }
 };
 
@@ -40,7 +41,7 @@ void run(const GatedActivationForward& args, Stream stream) {
   using namespace cuda;
   const bool aligned = is_aligned({&args.gate, &args.linear, &args.bias, &args.y});
   visit_kind(args.activation.kind, args.gate.dtype, [&]<typename T, typename Kind>() {
-    launch_elements(Forward<T, Kind>{common(args, vector_size<T>, aligned), matrix(args.y, false)},
+    launch_elements(Forward<T, Kind>{common(args, vector_size<T>), matrix(args.y, false)}, aligned,
                     stream);
   });
 }

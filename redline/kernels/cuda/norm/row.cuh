@@ -34,11 +34,10 @@ struct Common {
   int64_t rows;
   int cols;
   float offset;  // 1 when zero_centered
-  bool aligned;
 };
 
 template <typename Args>
-Common common(const Args& args, const TensorView& x, bool aligned) {
+Common common(const Args& args, const TensorView& x) {
   // A column index may pass the row's end by one block's step.
   REDLINE_CHECK(x.sizes[1] < INT32_MAX - 65536,
                 "norm: x: expected rows below 2^31 - 65536 columns");
@@ -49,8 +48,7 @@ Common common(const Args& args, const TensorView& x, bool aligned) {
           .inverse_std = args.inverse_std.template as<float>(),
           .rows = x.sizes[0],
           .cols = static_cast<int>(x.sizes[1]),
-          .offset = args.zero_centered ? 1.0f : 0.0f,
-          .aligned = aligned};
+          .offset = args.zero_centered ? 1.0f : 0.0f};
 }
 
 __device__ __forceinline__ int64_t counted_rows(const Common& args) {
@@ -59,8 +57,8 @@ __device__ __forceinline__ int64_t counted_rows(const Common& args) {
 }
 
 // weight of V vectors, 1 + weight when zero_centered, 1 without one.
-template <typename T, int V>
-__device__ __forceinline__ void load_weight(const Common& args, Columns at,
+template <typename T, int V, bool Aligned>
+__device__ __forceinline__ void load_weight(const Common& args, Columns<Aligned> at,
                                             float (&w)[V][vector_size<T>]) {
   if (args.weight.data == nullptr) {
 #pragma unroll
@@ -74,27 +72,11 @@ __device__ __forceinline__ void load_weight(const Common& args, Columns at,
                   [&](float& value, float loaded) { value = loaded + args.offset; });
 }
 
-// A vector's elements inside the row: all but in the row's last vector.
-template <int N>
-__device__ __forceinline__ float sum_of_squares(const float (&x)[N], float mean, int col, int cols,
-                                                float total) {
-  if (col + N <= cols) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) total += (x[i] - mean) * (x[i] - mean);
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (col + i < cols) total += (x[i] - mean) * (x[i] - mean);
-    }
-  }
-  return total;
-}
-
-template <typename T>
+template <bool Aligned, typename T>
 __device__ __forceinline__ void store_zeros(const Matrix& to, int64_t row, int col,
                                             const Common& args) {
   float zeros[vector_size<T>] = {};
-  store_mixed<T>(to.data, to.is_float32, row * to.stride, col, args.cols, args.aligned, zeros);
+  store_mixed<T>(to.data, to.is_float32, row * to.stride, col, args.cols, Aligned, zeros);
 }
 
 }  // namespace
