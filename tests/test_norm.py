@@ -12,6 +12,8 @@ from redline import ops
 from tolerance import assert_close
 
 NORMS = ["rms_norm", "layer_norm"]
+# A width for each way in which threads share a row, and rows enough for several per block.
+TILES = [(5, 504), (5, 1016), (300, 2048), (300, 4096), (5, 8184), (3, 16384)]
 
 
 def parameters(norm, cols, dtype, device):
@@ -34,7 +36,7 @@ def sums(cols):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("case", SMALL + MODEL[:1] + HUGE, ids=cases.name)
+@pytest.mark.parametrize("case", SMALL + MODEL[:1] + TILES + HUGE, ids=cases.name)
 @pytest.mark.parametrize("norm", NORMS)
 def test_forward(norm, case, dtype, device):
     x = randn(*case, dtype=dtype, device=device, shift=0.3)
@@ -47,7 +49,7 @@ def test_forward(norm, case, dtype, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("case", SMALL + MODEL[:1] + HUGE, ids=cases.name)
+@pytest.mark.parametrize("case", SMALL + MODEL[:1] + TILES + HUGE, ids=cases.name)
 @pytest.mark.parametrize("norm", NORMS)
 def test_backward(norm, case, dtype, device):
     x = randn(*case, dtype=dtype, device=device, shift=0.3)
