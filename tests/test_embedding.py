@@ -75,9 +75,8 @@ def test_accumulates_into_a_buffer(dtype, wide_buffer, device):
     buffer = randn(50, 40, dtype=torch.float32 if wide_buffer else dtype, device=device)
     expected = (buffer.float().cpu() + in_order(y_grad, tokens, 50)).to(buffer.dtype)
     version = buffer._version
-    returned = torch.ops.redline.embedding_backward(y_grad, tokens, 50, accumulate_into=buffer)
+    torch.ops.redline.embedding_backward_into(buffer, y_grad, tokens)
     assert torch.equal(buffer.cpu(), expected) and buffer._version > version
-    assert returned.numel() == 0
 
 
 @pytest.mark.parametrize("padding_idx", [0, 3, -2])
@@ -92,7 +91,7 @@ def test_padding_has_no_gradient(padding_idx, device):
     assert torch.equal(y, stock) and not grad[padding_idx].any()
     assert_close(grad, stock_grad.double(), sums=8)
     buffer = torch.ones_like(grad)
-    torch.ops.redline.embedding_backward(upstream, tokens, 5, padding_idx, accumulate_into=buffer)
+    torch.ops.redline.embedding_backward_into(buffer, upstream, tokens, padding_idx)
     assert (buffer[padding_idx] == 1).all()
 
 
@@ -147,6 +146,7 @@ def test_bad_arguments(device):
     weight = torch.zeros(5, 6, device=device)
     y_grad = torch.zeros(4, 8, 6, device=device)
     backward = torch.ops.redline.embedding_backward
+    into = torch.ops.redline.embedding_backward_into
     for call, message in (
         (
             lambda: ops.embedding(tokens.float(), weight),
@@ -169,12 +169,12 @@ def test_bad_arguments(device):
             "embedding: y_grad: expected a rank of 3, not 2",
         ),
         (
-            lambda: backward(y_grad, tokens, 5, accumulate_into=weight[:4]),
-            r"embedding: accumulate_into: expected \[5, 6\], not \[4, 6\]",
+            lambda: into(weight[:, :4], y_grad, tokens),
+            r"embedding: buffer: expected \[vocabulary, 6\], not \[5, 4\]",
         ),
         (
-            lambda: backward(y_grad, tokens, 5, accumulate_into=weight.half()),
-            "embedding: accumulate_into: expected Float or Float, not Half",
+            lambda: into(weight.half(), y_grad, tokens),
+            "embedding: buffer: expected Float or Float, not Half",
         ),
     ):
         with pytest.raises(RuntimeError, match=message):
@@ -198,9 +198,8 @@ def test_opcheck(device):
     contract.passes_opcheck(ours.embedding_forward.default, (tokens, weight.detach()), inner=True)
     contract.passes_opcheck(ours.embedding_backward.default, (y_grad, tokens, 20), inner=True)
     contract.passes_opcheck(
-        ours.embedding_backward.default,
-        (y_grad, tokens, 20),
-        {"accumulate_into": torch.zeros(20, 6, device=device)},
+        ours.embedding_backward_into.default,
+        (torch.zeros(20, 6, device=device), y_grad, tokens),
         inner=True,
     )
 
@@ -227,7 +226,7 @@ def test_compiles_into_a_buffer(device):
     y_grad = randn(4, 8, 6, dtype=torch.float32, device=device)
 
     def add(buffer):
-        torch.ops.redline.embedding_backward(y_grad, tokens, 20, accumulate_into=buffer)
+        torch.ops.redline.embedding_backward_into(buffer, y_grad, tokens)
         return buffer + 1
 
     buffers = [torch.zeros(20, 6, device=device) for _ in range(2)]

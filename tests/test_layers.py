@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from redline.dyno.parts import why_no_compiler
 from redline.layers import (
     GPT,
     Attention,
@@ -216,10 +217,9 @@ def test_gpt_under_inductor():
     torch.manual_seed(1)
     gpt, tokens = GPTS["GPT"](), torch.randint(31, (2, 9))
     torch._dynamo.reset()
-    try:
-        loss = torch.compile(gpt, fullgraph=True)(tokens[:, :-1], tokens[:, 1:])
-    except torch._inductor.exc.InductorError as error:
-        pytest.skip(f"no working compiler for inductor: {str(error).splitlines()[0]}")
+    if reason := why_no_compiler(torch.device("cpu")):
+        pytest.skip(reason)
+    loss = torch.compile(gpt, fullgraph=True)(tokens[:, :-1], tokens[:, 1:])
     loss.backward()
     torch.testing.assert_close(loss, gpt(tokens[:, :-1], tokens[:, 1:]))
     assert all(parameter.grad is not None for parameter in gpt.parameters())

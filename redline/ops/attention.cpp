@@ -119,7 +119,8 @@ Tensor attend_plain(const Tensor& q, const Tensor& k, const Tensor& v,
   return at::scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
                                           /*attn_mask=*/{}, /*dropout_p=*/0.0, causal,
                                           options.scale, grouped)
-      .transpose(1, 2);
+      .transpose(1, 2)
+      .contiguous();  // torch's math kernel lays the heads first
 }
 
 // --- the reference path -------------------------------------------------------------------------
@@ -226,7 +227,9 @@ Results attend_by_reference(const Tensor& q, const Tensor& k, const Tensor& v, O
 // its own dtypes.
 Tensor autocast(const Tensor& tensor) {
   const auto device = tensor.device().type();
-  if (!at::autocast::is_autocast_enabled(device)) return tensor;
+  if (!at::autocast::is_autocast_available(device) || !at::autocast::is_autocast_enabled(device)) {
+    return tensor;  // a meta tensor's device has no autocast
+  }
   return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), tensor, device);
 }
 

@@ -72,18 +72,22 @@ int64_t workspace_size(const Tensor& like, int64_t tokens, int64_t vocabulary) {
   return cpu::embedding_workspace(tokens, vocabulary);
 }
 
-void check_backward(const Tensor& y_grad, const Tensor& tokens,
-                    const OptionalTensor& accumulate_into) {
+void check_backward(const Tensor& y_grad, const Tensor& tokens) {
   check_tokens_dtype(tokens);
   check_floating_type("y_grad", y_grad);
   TORCH_CHECK(y_grad.dim() == tokens.dim() + 1, "embedding: y_grad: expected a rank of ",
               tokens.dim() + 1, ", not ", y_grad.dim());
-  check_devices("embedding", y_grad,
-                {{"tokens", tokens}, {"accumulate_into", value(accumulate_into)}});
-  if (!accumulate_into) return;
-  const at::ScalarType type = accumulate_into->scalar_type(), wide = accumulation_type(y_grad);
-  TORCH_CHECK(type == y_grad.scalar_type() || type == wide, "embedding: accumulate_into: expected ",
+  check_devices("embedding", y_grad, {{"tokens", tokens}});
+}
+
+void check_buffer(const Tensor& buffer, const Tensor& y_grad) {
+  const at::ScalarType type = buffer.scalar_type(), wide = accumulation_type(y_grad);
+  check_devices("embedding", y_grad, {{"buffer", buffer}});
+  TORCH_CHECK(type == y_grad.scalar_type() || type == wide, "embedding: buffer: expected ",
               y_grad.scalar_type(), " or ", wide, ", not ", type);
+  TORCH_CHECK(buffer.dim() == 2 && buffer.sym_size(1) == y_grad.sym_size(-1),
+              "embedding: buffer: expected [vocabulary, ", y_grad.sym_size(-1), "], not ",
+              buffer.sym_sizes());
 }
 
 // Adds to `weight_grad`, or fills it.
@@ -105,24 +109,20 @@ void sum_gradients(const Tensor& y_grad, const Tensor& tokens, const Tensor& wei
 }
 
 Tensor backward(const Tensor& y_grad, const Tensor& tokens, c10::SymInt vocabulary,
-                std::optional<int64_t> padding_idx, OptionalTensor accumulate_into) {
-  check_backward(y_grad, tokens, accumulate_into);
-  if (!accumulate_into) {
-    Tensor weight_grad =
-        at::empty_symint({std::move(vocabulary), y_grad.sym_size(-1)}, y_grad.options());
-    if (!y_grad.is_meta()) sum_gradients(y_grad, tokens, weight_grad, padding_idx, false);
-    return weight_grad;
-  }
-  if (!y_grad.is_meta()) {
-    const int64_t rows = vocabulary.expect_int();
-    TORCH_CHECK(accumulate_into->dim() == 2 && accumulate_into->size(0) == rows &&
-                    accumulate_into->size(1) == y_grad.size(-1),
-                "embedding: accumulate_into: expected [", rows, ", ", y_grad.size(-1), "], not ",
-                accumulate_into->sizes());
-    sum_gradients(y_grad, tokens, *accumulate_into, padding_idx, true);
-  }
-  accumulate_into->unsafeGetTensorImpl()->bump_version();
-  return no_output(y_grad);
+                std::optional<int64_t> padding_idx) {
+  check_backward(y_grad, tokens);
+  Tensor weight_grad =
+      at::empty_symint({std::move(vocabulary), y_grad.sym_size(-1)}, y_grad.options());
+  if (!y_grad.is_meta()) sum_gradients(y_grad, tokens, weight_grad, padding_idx, false);
+  return weight_grad;
+}
+
+void backward_into(const Tensor& buffer, const Tensor& y_grad, const Tensor& tokens,
+                   std::optional<int64_t> padding_idx) {
+  check_backward(y_grad, tokens);
+  check_buffer(buffer, y_grad);
+  if (!y_grad.is_meta()) sum_gradients(y_grad, tokens, buffer, padding_idx, true);
+  buffer.unsafeGetTensorImpl()->bump_version();
 }
 
 // --- derivative ---------------------------------------------------------------------------------
@@ -167,6 +167,7 @@ Tensor without_derivative(const Tensor& tokens, const Tensor& weight,
 void implement_inner(torch::Library& m) {
   m.impl("embedding_forward", embedding_forward);
   m.impl("embedding_backward", backward);
+  m.impl("embedding_backward_into", backward_into);
 }
 
 }  // namespace
@@ -177,18 +178,27 @@ Tensor embedding(const Tensor& tokens, const Tensor& weight, std::optional<int64
 }
 
 Tensor embedding_backward(const Tensor& y_grad, const Tensor& tokens, c10::SymInt vocabulary,
-                          std::optional<int64_t> padding_idx,
-                          const OptionalTensor& accumulate_into) {
+                          std::optional<int64_t> padding_idx) {
   static const auto op = find_op<decltype(backward)>("redline::embedding_backward");
-  return op.call(y_grad, tokens, std::move(vocabulary), padding_idx, accumulate_into);
+  return op.call(y_grad, tokens, std::move(vocabulary), padding_idx);
+}
+
+void embedding_backward_into(const Tensor& buffer, const Tensor& y_grad, const Tensor& tokens,
+                             std::optional<int64_t> padding_idx) {
+  static const auto op = find_op<decltype(backward_into)>("redline::embedding_backward_into");
+  op.call(buffer, y_grad, tokens, padding_idx);
 }
 
 TORCH_LIBRARY_FRAGMENT(redline, m) {
   m.def("embedding(Tensor tokens, Tensor weight, int? padding_idx=None) -> Tensor");
   m.def("embedding_forward(Tensor tokens, Tensor weight) -> Tensor");
   m.def(
-      "embedding_backward(Tensor y_grad, Tensor tokens, SymInt vocabulary, int? padding_idx=None, "
-      "*, Tensor(a!)? accumulate_into=None) -> Tensor");
+      "embedding_backward(Tensor y_grad, Tensor tokens, SymInt vocabulary, int? padding_idx=None) "
+      "-> Tensor");
+  // An op of its own: inductor (torch 2.11) does not lower an optional tensor that is written to.
+  m.def(
+      "embedding_backward_into(Tensor(a!) buffer, Tensor y_grad, Tensor tokens, "
+      "int? padding_idx=None) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(redline, CPU, m) { implement_inner(m); }
@@ -199,7 +209,7 @@ TORCH_LIBRARY_IMPL(redline, CompositeExplicitAutograd, m) {
 }
 TORCH_LIBRARY_IMPL(redline, Autograd, m) {
   m.impl("embedding", differentiable);
-  refuse_autograd(m, {"embedding_forward", "embedding_backward"});
+  refuse_autograd(m, {"embedding_forward", "embedding_backward", "embedding_backward_into"});
 }
 TORCH_LIBRARY_IMPL(redline, AutocastCPU, m) { ignore_autocast(m, {"embedding"}); }
 TORCH_LIBRARY_IMPL(redline, AutocastCUDA, m) { ignore_autocast(m, {"embedding"}); }

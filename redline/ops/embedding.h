@@ -11,10 +11,12 @@ namespace redline::ops {
 at::Tensor embedding(const at::Tensor& tokens, const at::Tensor& weight,
                      std::optional<int64_t> padding_idx = {});
 
-// The gradient of weight, [vocabulary, hidden] of y_grad's dtype; or, with `accumulate_into` of
-// that shape, of y_grad's dtype or float32, adds it there and returns an empty tensor.
+// The gradient of weight, [vocabulary, hidden] of y_grad's dtype.
 at::Tensor embedding_backward(const at::Tensor& y_grad, const at::Tensor& tokens,
-                              c10::SymInt vocabulary, std::optional<int64_t> padding_idx = {},
-                              const std::optional<at::Tensor>& accumulate_into = {});
+                              c10::SymInt vocabulary, std::optional<int64_t> padding_idx = {});
+
+// Adds it to `buffer`, [vocabulary, hidden] of y_grad's dtype or float32.
+void embedding_backward_into(const at::Tensor& buffer, const at::Tensor& y_grad,
+                             const at::Tensor& tokens, std::optional<int64_t> padding_idx = {});
 
 }  // namespace redline::ops

@@ -111,6 +111,9 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
 TORCH_LIBRARY_IMPL(redline, CPU, m) { implement(m); }
 TORCH_LIBRARY_IMPL(redline, CUDA, m) { implement(m); }
 TORCH_LIBRARY_IMPL(redline, Meta, m) { implement(m); }
+// Sparse gradients get here to be refused by name.
+TORCH_LIBRARY_IMPL(redline, SparseCPU, m) { implement(m); }
+TORCH_LIBRARY_IMPL(redline, SparseCUDA, m) { implement(m); }
 TORCH_LIBRARY_IMPL(redline, Autograd, m) {
   refuse_autograd(m, {"gradient_norm", "clip_coefficient", "scale_gradients"});
 }
