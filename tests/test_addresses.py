@@ -224,12 +224,16 @@ def test_custom_layers_is_an_empty_front_desk():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_old_header_warns_and_forwards(tmp_path):
-    # Torch's headers are not needed to see the notice and the forward: -M lists, -MG forgives.
-    header = "redline/transformer/custom_layers/transformer_engine.h"
-    ran = subprocess.run(
-        ["g++", "-std=c++20", "-I", ROOT, "-M", "-MG", "-x", "c++", ROOT / header],
-        capture_output=True,
-        text=True,
+    # A stand-in for the new header comes first: torch's headers are not needed to see the notice.
+    new = tmp_path / "redline/extensions/transformer_engine.h"
+    new.parent.mkdir(parents=True)
+    new.write_text("struct Forwarded {};\n")
+    program = tmp_path / "program.cpp"
+    program.write_text(
+        '#include "redline/transformer/custom_layers/transformer_engine.h"\nForwarded here;\n'
     )
+    command = ["g++", "-std=c++20", "-Wall", "-Werror", "-fsyntax-only", "-I", tmp_path, "-I", ROOT]
+    ran = subprocess.run([*command, program], capture_output=True, text=True, check=True)
     assert "has moved to redline/extensions/transformer_engine.h" in ran.stderr
-    assert "redline/extensions/transformer_engine.h" in ran.stdout
+    quiet = [*command, "-DREDLINE_OLD_ADDRESS_QUIET", program]
+    assert subprocess.run(quiet, capture_output=True, text=True, check=True).stderr == ""
