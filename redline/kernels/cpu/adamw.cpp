@@ -2,6 +2,9 @@
 // Bound by bytes in float32 (seven streams), by the root and the division in 16 bits.
 #include "redline/kernels/cpu/adamw.h"
 
+#include <type_traits>
+
+#include "redline/kernels/cpu/elements.h"
 #include "redline/kernels/cpu/vector_math.h"
 
 namespace redline::cpu::REDLINE_ISA {
@@ -22,64 +25,60 @@ Factors<Acc> factors_of(const AdamWStep& args, int64_t index) {
           static_cast<Acc>(args.epsilon)};
 }
 
-// A tensor of any dtype as vectors of the arithmetic's type. Conversions stand beside the division
-// and the root and hide behind them: in passes of their own they cost bfloat16 a third of the
-// speed.
-template <typename Acc>
-struct Elements {
-  void* data;
-  DType dtype;
-
-  REDLINE_INLINE Vector<Acc> load_vector(int64_t i, int n) const {
-    if constexpr (sizeof(Acc) == 4) {
-      if (dtype == DType::bfloat16) return load_half(static_cast<const bfloat16*>(data) + i, n);
-      if (dtype == DType::float16) return load_half(static_cast<const float16*>(data) + i, n);
-    }
-    return load(static_cast<const Acc*>(data) + i, n);
-  }
-
-  REDLINE_INLINE void store_vector(int64_t i, Vector<Acc> v, int n) const {
-    if constexpr (sizeof(Acc) == 4) {
-      if (dtype == DType::bfloat16) return store_half(static_cast<bfloat16*>(data) + i, v, n);
-      if (dtype == DType::float16) return store_half(static_cast<float16*>(data) + i, v, n);
-    }
-    store(static_cast<Acc*>(data) + i, v, n);
-  }
-};
-
-template <typename Acc>
+// G, A, P: what gradient, averages and parameter hold; V: what is updated, the float32 master or
+// the parameter itself. Conversions stand beside the division and the root and hide behind them: in
+// passes of their own they cost bfloat16 a third of the speed.
+template <typename G, typename A, typename P, typename V>
 void update_elements(const AdamWStep& args, int64_t index, Range elements) {
+  using Acc = arithmetic<V>;
+  constexpr bool has_master = !std::is_same_v<V, P>;
   const AdamWTensor& tensor = args.tensors[index];
   const Factors<Acc> f = factors_of<Acc>(args, index);
-  const Elements<Acc> gradients{const_cast<void*>(tensor.gradient), tensor.gradient_dtype};
-  const Elements<Acc> averages{tensor.exp_avg, tensor.average_dtype};
-  const Elements<Acc> squares{tensor.exp_avg_sq, tensor.average_dtype};
-  const Elements<Acc> parameters{tensor.parameter, tensor.parameter_dtype};
-  const Elements<Acc> values =
-      tensor.master ? Elements<Acc>{tensor.master, DType::float32} : parameters;
-  for_vectors<Acc>(static_cast<int>(elements.end - elements.begin), [&](int offset, int n) {
-    const int64_t i = elements.begin + offset;
-    const Vector<Acc> g = gradients.load_vector(i, n) * f.gradient;
-    Vector<Acc> m = averages.load_vector(i, n), v = squares.load_vector(i, n);
-    const Vector<Acc> p = values.load_vector(i, n);
+  const G* gradients = static_cast<const G*>(tensor.gradient) + elements.begin;
+  A* averages = static_cast<A*>(tensor.exp_avg) + elements.begin;
+  A* squares = static_cast<A*>(tensor.exp_avg_sq) + elements.begin;
+  P* parameters = static_cast<P*>(tensor.parameter) + elements.begin;
+  V* values = static_cast<V*>(has_master ? tensor.master : tensor.parameter) + elements.begin;
+  const int count = static_cast<int>(elements.end - elements.begin);
+  for_vectors<Acc>(count, [&](int i, int n) REDLINE_INLINED {
+    const Vector<Acc> g = load_wide(gradients + i, n) * f.gradient;
+    Vector<Acc> m = load_wide(averages + i, n), v = load_wide(squares + i, n);
+    const Vector<Acc> p = load_wide(values + i, n);
     m += f.beta1_rest * (g - m);
     v += f.beta2_rest * (g * g - v);
     const Vector<Acc> change = f.step_size * (m / (sqrt(v) * f.inverse_root + f.epsilon));
     const Vector<Acc> updated = p - (f.decay * p + change);
-    averages.store_vector(i, m, n);
-    squares.store_vector(i, v, n);
-    values.store_vector(i, updated, n);
-    if (tensor.master) parameters.store_vector(i, updated, n);
+    store_narrow(averages + i, m, n);
+    store_narrow(squares + i, v, n);
+    store_narrow(values + i, updated, n);
+    if constexpr (has_master) store_narrow(parameters + i, updated, n);
   });
+}
+
+// The check has refused float64 beside anything else, and a master beside a wide parameter.
+template <typename G, typename P, typename V>
+void update_with(const AdamWStep& args, int64_t index, Range elements) {
+  if constexpr (sizeof(P) != 8) {
+    if (args.tensors[index].average_dtype == DType::bfloat16) {
+      return update_elements<G, bfloat16, P, V>(args, index, elements);
+    }
+  }
+  update_elements<G, arithmetic<P>, P, V>(args, index, elements);
 }
 
 void update(const AdamWStep& args, int64_t index, Range elements) {
   if (args.factors.as<const AdamWFactors>()[index].skip != 0) return;
-  if (args.tensors[index].parameter_dtype == DType::float64) {
-    update_elements<double>(args, index, elements);
-  } else {
-    update_elements<float>(args, index, elements);
-  }
+  const AdamWTensor& tensor = args.tensors[index];
+  visit_storage(tensor.parameter_dtype, [&]<typename P>() {
+    visit_storage(tensor.gradient_dtype, [&]<typename G>() {
+      if constexpr ((sizeof(P) == 8) == (sizeof(G) == 8)) {
+        if constexpr (sizeof(P) == 2) {
+          if (tensor.master) return update_with<G, P, float>(args, index, elements);
+        }
+        update_with<G, P, P>(args, index, elements);
+      }
+    });
+  });
 }
 
 }  // namespace

@@ -92,7 +92,7 @@ void forward_rows(const GatedActivationForward& args, Range rows) {
     for_blocks(args.gate.sizes[1], [&](int64_t col, int count) {
       in.read_block(args, row, col, count);
       T* y = at<T>(args.y, row, col);
-      for_vectors<Acc>(count, [&](int i, int n) {
+      for_vectors<Acc>(count, [&](int i, int n) REDLINE_INLINED {
         store_narrow(y + i, kind.gate(in.a(i, n)) * kind.linear(in.b(i, n)) * scale, n);
       });
     });
@@ -120,7 +120,7 @@ struct Backward {
     const T* y_grad = at<const T>(args.y_grad, row, col);
     T* gate_grad = at<T>(args.gate_grad, row, col);
     T* linear_grad = at<T>(args.linear_grad, row, col);
-    return sum<Acc>(count, [&](int i, int n) {
+    return sum<Acc>(count, [&](int i, int n) REDLINE_INLINED {
       const Vector<Acc> g = load_wide(y_grad + i, n), b = in.b(i, n), linear = kind.linear(b);
       Vector<Acc> value, derivative;
       kind.derive(in.a(i, n), value, derivative);
