@@ -1,4 +1,5 @@
 // Over budget: parameters: scalars in registers; a struct of them would name nothing more.
+// Over budget: template parameters: all but the first are deduced.
 //
 // 16-byte accesses within a row (columns are int: a row is shorter than 2^31). The aligned and the
 // element-by-element path give a thread the same elements, so that an op's bits do not depend on

@@ -70,9 +70,9 @@ struct Feed<T, X, Tile, false> {
   }
 };
 
-// mean(g) and mean(g * xh) of a row, with g = y_grad * w and xh = (x - mean) * r.
+// r, mean(g) and mean(g * xh) of a row, with g = y_grad * w and xh = (x - mean) * r.
 struct RowMeans {
-  float gradient, product;
+  float inverse_std, gradient, product;
 };
 
 struct RowStatistics {
@@ -115,14 +115,14 @@ struct RowTerms {
   // x_grad; the residual's gradient joins before the rounding.
   template <typename X, bool Aligned>
   __device__ __forceinline__ void store_x_grad(const Backward& args, int64_t row,
-                                               Columns<Aligned> at, float inverse_std,
-                                               RowMeans means, const Packed<X, N> (&sum_grad)[V]) {
+                                               Columns<Aligned> at, RowMeans means,
+                                               const Packed<X, N> (&sum_grad)[V]) {
 #pragma unroll
     for (int k = 0; k < V * N; ++k) {
       float& value = g[k / N][k % N];
       value -= normalized[k / N][k % N] * means.product;
       if constexpr (Layer) value -= means.gradient;
-      value *= inverse_std;
+      value *= means.inverse_std;
       if (args.sum_grad.data != nullptr) value += to_float(sum_grad[k / N].values[k % N]);
     }
     store_vectors(row_at<X>(args.x_grad, row), at, g);
@@ -130,9 +130,10 @@ struct RowTerms {
 };
 
 template <bool Layer>
-__device__ __forceinline__ RowMeans means_of(const float (&sums)[Layer ? 2 : 1], int cols) {
+__device__ __forceinline__ RowMeans means_of(const float (&sums)[Layer ? 2 : 1], int cols,
+                                             float inverse_std) {
   const float count = static_cast<float>(cols);
-  return {Layer ? sums[Layer ? 1 : 0] / count : 0.0f, sums[0] / count};
+  return {inverse_std, Layer ? sums[Layer ? 1 : 0] / count : 0.0f, sums[0] / count};
 }
 
 // The chunk's sums, warp after warp where each warp held rows of its own.
@@ -170,9 +171,12 @@ __device__ __forceinline__ void store_partial(float* partial, const Backward& ar
   }
 }
 
-template <typename T, typename X, bool Layer, bool Aligned, typename Tile>
+template <typename Form, typename Tile>
 __global__ void __launch_bounds__(Tile::block_threads, Tile::blocks_per_sm)
     backward_kernel(const Backward args) {
+  using T = typename Form::T;
+  using X = typename Form::X;
+  constexpr bool Layer = Form::layer, Aligned = Form::aligned;
   constexpr int V = Tile::vectors, N = vector_size<T>, step = Tile::threads * N, R = Tile::rows;
   extern __shared__ int4 ring_memory[];
   __shared__ float scratch[2][64];
@@ -209,7 +213,7 @@ __global__ void __launch_bounds__(Tile::block_threads, Tile::blocks_per_sm)
     float sums[Layer ? 2 : 1] = {};
     terms.add_to(sums);
     block_sum<Tile::threads>(sums, scratch[turn]);
-    terms.store_x_grad(args, row, at, inverse_std, means_of<Layer>(sums, args.cols), sum_grad);
+    terms.store_x_grad(args, row, at, means_of<Layer>(sums, args.cols, inverse_std), sum_grad);
   }
   for (; row < end; row += R) {
     for (int v = 0; v < V; ++v) {
@@ -221,8 +225,11 @@ __global__ void __launch_bounds__(Tile::block_threads, Tile::blocks_per_sm)
 }
 
 // Rows that outgrow the tiles: x_grad reads the row twice, the second time from L2.
-template <typename T, typename X, bool Layer, bool Aligned, int Threads>
+template <typename Form, int Threads>
 __global__ void __launch_bounds__(Threads) long_x_grad_kernel(const Backward args) {
+  using T = typename Form::T;
+  using X = typename Form::X;
+  constexpr bool Layer = Form::layer, Aligned = Form::aligned;
   constexpr int N = vector_size<T>, step = Threads * N;
   __shared__ float scratch[64];
   const int64_t row = blockIdx.x;
@@ -243,7 +250,7 @@ __global__ void __launch_bounds__(Threads) long_x_grad_kernel(const Backward arg
     terms.add_to(sums);
   }
   block_sum<Threads>(sums, scratch);
-  const RowMeans means = means_of<Layer>(sums, args.cols);
+  const RowMeans means = means_of<Layer>(sums, args.cols, statistics.inverse_std);
   for (int col = threadIdx.x * N; col < args.cols; col += step) {
     if (counted) {
       read(col);
@@ -251,7 +258,7 @@ __global__ void __launch_bounds__(Threads) long_x_grad_kernel(const Backward arg
       if (args.sum_grad.data != nullptr) {
         load_vectors(row_at<const X>(args.sum_grad, row), at(col), sum_grad);
       }
-      terms.store_x_grad(args, row, at(col), statistics.inverse_std, means, sum_grad);
+      terms.store_x_grad(args, row, at(col), means, sum_grad);
     } else {
       store_zeros<Aligned, T>(args.x_grad, row, col, args);
     }
@@ -259,8 +266,11 @@ __global__ void __launch_bounds__(Threads) long_x_grad_kernel(const Backward arg
 }
 
 // Partial sums of the long rows: a thread owns N columns of one chunk of rows.
-template <typename T, typename X, bool Layer, bool Aligned, int Threads>
+template <typename Form, int Threads>
 __global__ void __launch_bounds__(Threads) long_partial_kernel(const Backward args) {
+  using T = typename Form::T;
+  using X = typename Form::X;
+  constexpr bool Layer = Form::layer, Aligned = Form::aligned;
   constexpr int N = vector_size<T>;
   const int col = (blockIdx.x * Threads + threadIdx.x) * N;
   if (col >= args.cols) return;
@@ -289,15 +299,16 @@ __global__ void __launch_bounds__(Threads) long_partial_kernel(const Backward ar
   }
 }
 
-template <typename T, typename X, bool Layer, bool Aligned>
+template <typename Form>
 void launch_backward(const Backward& args, Stream stream) {
+  using T = typename Form::T;
   const int64_t vectors = ceil_div(args.cols, vector_size<T>);
   const auto launch_tile = [&]<int Threads, int Vectors>() {
     using Shape = Tile<Threads, Vectors>;
-    launch(backward_kernel<T, X, Layer, Aligned, Shape>,
+    launch(backward_kernel<Form, Shape>,
            {.grid = dim3(args.chunks),
             .block = dim3(Shape::block_threads),
-            .shared_bytes = Feed<T, X, Shape, Aligned>::shared_bytes,
+            .shared_bytes = Feed<T, typename Form::X, Shape, Form::aligned>::shared_bytes,
             .stream = stream},
            args);
   };
@@ -306,10 +317,10 @@ void launch_backward(const Backward& args, Stream stream) {
   if (vectors <= 256) return launch_tile.template operator()<128, 2>();
   if (vectors <= 512) return launch_tile.template operator()<256, 2>();
   if (vectors <= 1024) return launch_tile.template operator()<512, 2>();
-  launch(long_x_grad_kernel<T, X, Layer, Aligned, 1024>,
+  launch(long_x_grad_kernel<Form, 1024>,
          {.grid = dim3(args.rows), .block = dim3(1024), .stream = stream}, args);
   if (args.weight_partial == nullptr && args.bias_partial == nullptr) return;
-  launch(long_partial_kernel<T, X, Layer, Aligned, 128>,
+  launch(long_partial_kernel<Form, 128>,
          {.grid = dim3(ceil_div(vectors, 128), args.chunks), .block = dim3(128), .stream = stream},
          args);
 }
@@ -319,9 +330,9 @@ void choose_backward(const Backward& args, bool wide_x, bool layer, bool aligned
   visit_bool(layer, [&]<bool Layer>() {
     visit_bool(aligned, [&]<bool Aligned>() {
       if constexpr (sizeof(T) == 2) {
-        if (wide_x) return launch_backward<T, float, Layer, Aligned>(args, stream);
+        if (wide_x) return launch_backward<Form<T, float, Layer, Aligned>>(args, stream);
       }
-      launch_backward<T, T, Layer, Aligned>(args, stream);
+      launch_backward<Form<T, T, Layer, Aligned>>(args, stream);
     });
   });
 }

@@ -16,9 +16,10 @@ struct Tile {
 };
 
 // 64 registers a thread, 128 where it holds float32 besides 16-bit data or single elements.
-template <typename T, typename Held, bool Aligned, typename Tile>
+template <typename Form, typename Tile>
 inline constexpr int blocks_per_sm =
-    (Aligned && sizeof(T) == sizeof(Held) ? 1024 : 512) / Tile::block_threads;
+    (Form::aligned && sizeof(typename Form::T) == sizeof(typename Form::X) ? 1024 : 512) /
+    Tile::block_threads;
 
 struct Forward : Common {
   Matrix residual, sum, bias, y;
@@ -166,9 +167,11 @@ __device__ __forceinline__ void store_statistics(const Forward& args, int64_t ro
   if (args.mean != nullptr) args.mean[row] = found.mean;
 }
 
-template <typename T, typename Held, bool Layer, bool Aligned, typename Tile>
-__global__ void __launch_bounds__(Tile::block_threads, blocks_per_sm<T, Held, Aligned, Tile>)
+template <typename Form, typename Tile>
+__global__ void __launch_bounds__(Tile::block_threads, blocks_per_sm<Form, Tile>)
     forward_kernel(const Forward args) {
+  using T = typename Form::T;
+  constexpr bool Layer = Form::layer, Aligned = Form::aligned;
   constexpr int N = vector_size<T>, V = Tile::vectors;
   __shared__ float scratch[2][32];
   const int thread = threadIdx.x % Tile::threads;
@@ -177,7 +180,7 @@ __global__ void __launch_bounds__(Tile::block_threads, blocks_per_sm<T, Held, Al
   if (row >= counted_rows(args)) return zero_row<T, Tile::threads, Aligned>(args, row, thread);
   const Columns<Aligned> at = {thread * N, Tile::threads * N, args.cols};
 
-  RowInput<T, Held, V> in;
+  RowInput<T, typename Form::X, V> in;
   in.load(args, row, at);
   float mean = 0.0f;  // rms: the compiler drops it
   if constexpr (Layer) {
@@ -195,15 +198,17 @@ __global__ void __launch_bounds__(Tile::block_threads, blocks_per_sm<T, Held, Al
 }
 
 // Rows that outgrow a block's registers.
-template <typename T, typename Held, bool Layer, bool Aligned, int Threads>
+template <typename Form, int Threads>
 __global__ void __launch_bounds__(Threads) long_forward_kernel(const Forward args) {
+  using T = typename Form::T;
+  constexpr bool Layer = Form::layer, Aligned = Form::aligned;
   constexpr int N = vector_size<T>, V = 2, step = Threads * N, stride = V * step;
   __shared__ float scratch[2][32];
   const int64_t row = blockIdx.x;
   const int first = threadIdx.x * N;
   const auto at = [&](int col) { return Columns<Aligned>{col, step, args.cols}; };
   if (row >= counted_rows(args)) return zero_row<T, Threads, Aligned>(args, row, threadIdx.x);
-  RowInput<T, Held, V> in;
+  RowInput<T, typename Form::X, V> in;
   float total[1] = {}, squares[1] = {};
   for (int col = first; col < args.cols; col += stride) {
     in.load(args, row, at(col));
@@ -230,12 +235,12 @@ __global__ void __launch_bounds__(Threads) long_forward_kernel(const Forward arg
 }
 
 // The narrowest tile that holds the row: more rows per multiprocessor, shorter sums.
-template <typename T, typename Held, bool Layer, bool Aligned>
+template <typename Form>
 void launch_forward(const Forward& args, Stream stream) {
-  const int64_t vectors = ceil_div(args.cols, vector_size<T>);
+  const int64_t vectors = ceil_div(args.cols, vector_size<typename Form::T>);
   const auto launch_tile = [&]<int Threads, int Vectors>() {
     using Shape = Tile<Threads, Vectors>;
-    launch(forward_kernel<T, Held, Layer, Aligned, Shape>,
+    launch(forward_kernel<Form, Shape>,
            {.grid = dim3(ceil_div(args.rows, Shape::rows)),
             .block = dim3(Shape::block_threads),
             .stream = stream},
@@ -246,19 +251,19 @@ void launch_forward(const Forward& args, Stream stream) {
   if (vectors <= 512) return launch_tile.template operator()<128, 4>();
   if (vectors <= 1024) return launch_tile.template operator()<256, 4>();
   if (vectors <= 2048) return launch_tile.template operator()<512, 4>();
-  launch(long_forward_kernel<T, Held, Layer, Aligned, 1024>,
+  launch(long_forward_kernel<Form, 1024>,
          {.grid = dim3(args.rows), .block = dim3(1024), .stream = stream}, args);
 }
 
 template <typename T, bool Layer>
 void choose_forward(const Forward& args, bool aligned, Stream stream) {
-  if (!aligned) return launch_forward<T, float, Layer, false>(args, stream);
+  if (!aligned) return launch_forward<Form<T, float, Layer, false>>(args, stream);
   if constexpr (sizeof(T) == 2) {
     if (args.residual.data == nullptr || !args.sum.is_float32) {
-      return launch_forward<T, T, Layer, true>(args, stream);
+      return launch_forward<Form<T, T, Layer, true>>(args, stream);
     }
   }
-  launch_forward<T, float, Layer, true>(args, stream);
+  launch_forward<Form<T, float, Layer, true>>(args, stream);
 }
 
 }  // namespace

@@ -36,6 +36,15 @@ struct Common {
   float offset;  // 1 when zero_centered
 };
 
+// What a kernel is compiled for. T: what x, or in backward y_grad, holds; X: what residual, or in
+// backward x, holds.
+template <typename T_, typename X_, bool Layer_, bool Aligned_>
+struct Form {
+  using T = T_;
+  using X = X_;
+  static constexpr bool layer = Layer_, aligned = Aligned_;
+};
+
 template <typename Args>
 Common common(const Args& args, const TensorView& x) {
   // A column index may pass the row's end by one block's step.
