@@ -2,8 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from bench import Case
 
+from bench import Case
 from redline import ops
 
 # (batch, sequence, heads, kv_heads, head_dim)

@@ -2,8 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from bench import Case
 
+from bench import Case
 from redline import ops
 
 # 50257 classes put every row at another alignment.

@@ -1,8 +1,8 @@
 """Causal softmax: forward reads half of the scores, writes all; backward reads two, writes one."""
 
 import torch
-from bench import Case
 
+from bench import Case
 from redline import ops
 
 # (batch, heads, queries, keys)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -20,6 +22,7 @@ from .stock import Shape
 from .text import Batches, learn, read_text
 
 LEARNING_SEED = 0
+SHORT = {"forward": "fwd", "forward+backward": "fwd+bwd"}
 
 
 def choose(options: Options) -> tuple[torch.device, torch.dtype]:
@@ -51,9 +54,7 @@ def run_job(options: Options) -> int:
     device, dtype = choose(options)
     console = Console(stderr=False)
     allocator = machine.set_allocator()
-    # One compiling process: a pool of them would run beside the clocks.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    warnings.filterwarnings("ignore", module=r"torch\..*")
+    _quiet_torch()
     torch.manual_seed(LEARNING_SEED)
     with report.aside(options.out) as folder:
         with _progress(console) as progress:
@@ -61,6 +62,17 @@ def run_job(options: Options) -> int:
         report.write(result, folder)
     _print(console, result, options)
     return 0 if result.lap.right else 1
+
+
+def _quiet_torch() -> None:
+    # One compiling process: a pool of them would run beside the clocks.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    warnings.filterwarnings("ignore", module=r"torch\..*")
+    if not torch.cuda.is_available():
+        # The profiler counts GPUs and torch.compile looks for a toolkit; what they report of a
+        # machine without a GPU concerns nothing that is run here.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def _progress(console: Console) -> Progress:
@@ -115,18 +127,29 @@ def _print(console: Console, result: report.Result, options: Options) -> None:
 
 
 def _parts_table(rows: list[Row]) -> Table:
-    table = Table(title="parts: median time", title_justify="left")
-    table.add_column("part")
-    for column in ("direction", *VARIANTS, "stock / tuned", "of redline"):
-        table.add_column(column, justify="right")
+    """A row per part and direction, 80 columns wide."""
+    table = Table(title="parts: median milliseconds", title_justify="left",
+                  box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fmt: skip
+    table.add_column("part", no_wrap=True)
+    table.add_column("direction", no_wrap=True)
+    for column in (*VARIANTS, "speedup", "of redline"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         speedup = None if row.disturbed else row.speedup()
         share = None if row.disturbed else row.of_redline
         table.add_row(
             row.name,
-            row.direction,
-            *(report.microseconds(row.median_us(v)) for v in VARIANTS),
+            SHORT.get(row.direction, row.direction),
+            *(_milliseconds(row.median_us(v)) for v in VARIANTS),
             f"{speedup:.2f}x" if speedup else "disturbed" if row.disturbed else "–",
             f"{share:.0%}" if share else "–",
         )
     return table
+
+
+def _milliseconds(microseconds: float | None) -> str:
+    """Three digits or more."""
+    if microseconds is None:
+        return "–"
+    value = microseconds / 1e3
+    return f"{value:.{3 if value < 1 else 2 if value < 10 else 1}f}"
