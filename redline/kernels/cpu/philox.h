@@ -13,7 +13,7 @@ namespace redline::cpu::REDLINE_ISA {
 namespace {
 
 // One 32-bit word of a counter per 64-bit lane; the upper halves hold anything.
-typedef uint64_t UInt64s __attribute__((vector_size(vector_bytes)));
+using UInt64s __attribute__((vector_size(vector_bytes))) = uint64_t;
 
 // Lower half of each lane times `factor`, 64 bits.
 REDLINE_INLINE UInt64s multiply_words(UInt64s words, uint32_t factor) {
@@ -53,14 +53,12 @@ REDLINE_INLINE void draw(int64_t seed, int64_t offset, uint64_t first, uint32_t*
     k1 += philox::weyl_1;
   }
   const UInt64s low = (c0 & 0xffffffffu) | (c1 << 32), high = (c2 & 0xffffffffu) | (c3 << 32);
-  UInt64s front, back;  // counter by counter: low, high, low, high ...
+  uint64_t numbers[2 * counters_at_once];  // counter by counter: low, high, low, high ...
   for (int i = 0; i < counters_at_once; ++i) {
-    front[i] = static_cast<uint64_t>(i / 2 + i % 2 * counters_at_once);
-    back[i] = front[i] + counters_at_once / 2;
+    numbers[2 * i] = low[i];
+    numbers[2 * i + 1] = high[i];
   }
-  const UInt64s halves[2] = {__builtin_shuffle(low, high, front),
-                             __builtin_shuffle(low, high, back)};
-  memcpy(to, halves, sizeof(halves));
+  memcpy(to, numbers, sizeof(numbers));
 }
 
 // What dropout multiplies each of `count` elements from `element` on by: `scale`, or 0 where the
