@@ -113,17 +113,23 @@ __device__ __forceinline__ Angles<V> load_angles(const Args& args, int64_t row, 
 // The pairs are (a[i], b[i]); or neighbours of a, then of b. A single pair is (a, b) either way.
 template <typename T, int V, bool Interleaved>
 __device__ __forceinline__ void turn(Packed<T, V>& a, Packed<T, V>& b, const Angles<V>& angles) {
+  constexpr bool neighbours = Interleaved && V > 1;
+  float values[2][V];
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    constexpr bool neighbours = Interleaved && V > 1;
-    Packed<T, V>& side = neighbours && 2 * i >= V ? b : a;
-    T& first = neighbours ? side.values[2 * i % V] : a.values[i];
-    T& second = neighbours ? side.values[(2 * i + 1) % V] : b.values[i];
-    const float p = to_float(first), q = to_float(second);
-    const float cos = angles.cos.values[i], sin = angles.sin.values[i];
-    first = from_float<T>(fmaf(p, cos, -(q * sin)));
-    second = from_float<T>(fmaf(q, cos, p * sin));
+    values[0][i] = to_float(a.values[i]);
+    values[1][i] = to_float(b.values[i]);
   }
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    float& first = neighbours ? values[2 * i / V][2 * i % V] : values[0][i];
+    float& second = neighbours ? values[2 * i / V][(2 * i + 1) % V] : values[1][i];
+    const float p = first, q = second, cos = angles.cos.values[i], sin = angles.sin.values[i];
+    first = fmaf(p, cos, -(q * sin));
+    second = fmaf(q, cos, p * sin);
+  }
+  a = pack<T>(values[0]);
+  b = pack<T>(values[1]);
 }
 
 // Where the two vectors of a chunk lie in a head; `second` may be past the head's end in a copied
@@ -162,7 +168,7 @@ __global__ void __launch_bounds__(threads) rotary_kernel(const Args args) {
   bool turns = chunk < split.pair_chunks;
   const int first_head = lane % split.head_lanes, step = split.head_lanes;
   for (int head = first_head; head < args.heads; head += heads_per_thread * step) {
-    Vector a[heads_per_thread] = {}, b[heads_per_thread] = {};
+    Vector a[heads_per_thread], b[heads_per_thread];  // b: where there is a second
 #pragma unroll
     for (int k = 0; k < heads_per_thread; ++k) {
       const T* from = x + (head + k * step) * args.x.head_stride;
@@ -180,12 +186,11 @@ __global__ void __launch_bounds__(threads) rotary_kernel(const Args args) {
 #pragma unroll
     for (int k = 0; k < heads_per_thread; ++k) {
       if (head + k * step >= args.heads) break;
-      if (turns && (head + k * step) % args.group_heads < args.rotated_heads) {
-        turn<T, V, Interleaved>(a[k], b[k], angles);
-      }
       T* to = y + (head + k * step) * args.y.head_stride;
+      const bool turned = turns && (head + k * step) % args.group_heads < args.rotated_heads;
+      if (turned) turn<T, V, Interleaved>(a[k], b[k], angles);
       *reinterpret_cast<Vector*>(to + at.first) = a[k];
-      if (has_second) *reinterpret_cast<Vector*>(to + at.second) = b[k];
+      if (turned || has_second) *reinterpret_cast<Vector*>(to + at.second) = b[k];
     }
   }
 }

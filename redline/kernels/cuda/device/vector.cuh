@@ -54,20 +54,21 @@ __device__ __forceinline__ void store(T* row, int col, int cols, bool aligned,
 // of the rate).
 template <typename T, int N>
 __device__ __forceinline__ Packed<T, N> pack(const float (&values)[N]) {
+  static_assert(N == 1 || N % 2 == 0);
   Packed<T, N> packed;
+  if constexpr (N == 1 || std::is_same_v<T, float>) {
 #pragma unroll
-  for (int i = 0; i < N; i += 2) {
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(values[i], values[i + 1]);
-      packed.values[i] = pair.x;
-      packed.values[i + 1] = pair.y;
-    } else if constexpr (std::is_same_v<T, __half>) {
-      const __half2 pair = __floats2half2_rn(values[i], values[i + 1]);
-      packed.values[i] = pair.x;
-      packed.values[i + 1] = pair.y;
-    } else {
-      packed.values[i] = from_float<T>(values[i]);
-      packed.values[i + 1] = from_float<T>(values[i + 1]);
+    for (int i = 0; i < N; ++i) packed.values[i] = from_float<T>(values[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        reinterpret_cast<__nv_bfloat162*>(packed.values)[i / 2] =
+            __floats2bfloat162_rn(values[i], values[i + 1]);
+      } else {
+        reinterpret_cast<__half2*>(packed.values)[i / 2] =
+            __floats2half2_rn(values[i], values[i + 1]);
+      }
     }
   }
   return packed;
