@@ -72,6 +72,12 @@ template <typename T>
 __device__ __forceinline__ void load_scores(const ForwardArgs& args, const T* scores,
                                             const Row& row, int col, float (&x)[vector_size<T>]) {
   constexpr int N = vector_size<T>;
+  if (row.mask == nullptr && col >= row.begin && col + N <= row.end) {  // it sees all of them
+    const Packed<T> packed = load(scores, col, args.cols, args.aligned);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = to_float(packed.values[i]) * args.scale;
+    return;
+  }
   const bool any = col < row.end && col + N > row.begin;
   const Packed<T> packed = any ? load(scores, col, args.cols, args.aligned) : Packed<T>{};
 #pragma unroll
