@@ -29,7 +29,7 @@ __device__ __forceinline__ void add_bias(const Common& args, const Place<Aligned
 
 template <typename T, typename Function>
 struct Forward : Common {
-  static constexpr int size = vector_size<T>, in_flight = 4;
+  static constexpr int size = vector_size<T>, in_flight = 2;
   using Input = Packed<T>;
   Matrix y;
 
@@ -92,15 +92,16 @@ template <typename Visit>
 void visit_kind(Activation kind, DType dtype, Visit visit) {
   visit_dtype<float, bfloat16, float16>("activation", dtype, [&]<typename Host>() {
     using T = device_type<Host>;
+    constexpr bool fast = sizeof(T) == 2;
     switch (kind) {
       case Activation::gelu:
-        return visit.template operator()<T, Gelu>();
+        return visit.template operator()<T, Gelu<fast>>();
       case Activation::gelu_erf:
-        return visit.template operator()<T, GeluErf>();
+        return visit.template operator()<T, GeluErf<fast>>();
       case Activation::quick_gelu:
-        return visit.template operator()<T, QuickGelu>();
+        return visit.template operator()<T, QuickGelu<fast>>();
       case Activation::silu:
-        return visit.template operator()<T, Silu>();
+        return visit.template operator()<T, Silu<fast>>();
       case Activation::relu:
         return visit.template operator()<T, Relu>();
       case Activation::squared_relu:

@@ -29,15 +29,17 @@ struct Plain {
   }
 };
 
-// swiglu, quick_geglu and clamped_swiglu: the first two have no limit and no offset. NaN passes
+// quick_geglu and clamped_swiglu: the first has no limit and no offset. swiglu has a kernel of its
+// own: by this one its backward ran at 0.62 of a copy where geglu's ran at 0.83 (H200). NaN passes
 // every comparison.
+template <bool Fast>
 struct Swish {
   static __device__ __forceinline__ float gate(float a, Parameters p) {
-    return swish(a > p.limit ? p.limit : a, p.alpha);
+    return swish<Fast>(a > p.limit ? p.limit : a, p.alpha);
   }
   static __device__ __forceinline__ void derive(float a, Parameters p, float& value,
                                                 float& derivative) {
-    derive_swish(a > p.limit ? p.limit : a, p.alpha, value, derivative);
+    derive_swish<Fast>(a > p.limit ? p.limit : a, p.alpha, value, derivative);
     derivative = a > p.limit ? 0.0f : derivative;
   }
   static __device__ __forceinline__ float linear(float b, Parameters p) {
@@ -108,13 +110,16 @@ template <typename Visit>
 void visit_kind(GatedActivation kind, DType dtype, Visit visit) {
   visit_dtype<float, bfloat16, float16>("gated_activation", dtype, [&]<typename Host>() {
     using T = device_type<Host>;
+    constexpr bool fast = sizeof(T) == 2;
     switch (kind) {
+      case GatedActivation::swiglu:
+        return visit.template operator()<T, Plain<Silu<fast>>>();
       case GatedActivation::geglu:
-        return visit.template operator()<T, Plain<Gelu>>();
+        return visit.template operator()<T, Plain<Gelu<fast>>>();
       case GatedActivation::reglu:
         return visit.template operator()<T, Plain<Relu>>();
       default:
-        return visit.template operator()<T, Swish>();
+        return visit.template operator()<T, Swish<fast>>();
     }
   });
 }
