@@ -34,9 +34,11 @@ def commands(build: Path) -> list[dict]:
 
 def read(folder: str, path: str) -> str:
     """What clang-tidy says of a file, or nothing."""
-    command = ["clang-tidy", "--quiet", "-p", folder, path]
+    pinned = Path(sys.executable).with_name("clang-tidy")  # requirements/lint.txt
+    program = str(pinned) if pinned.exists() else "clang-tidy"
+    command = [program, "--quiet", "-p", folder, path]
     result = subprocess.run(command, capture_output=True, text=True)
-    return result.stdout.strip() if result.returncode else ""
+    return (result.stdout.strip() or result.stderr.strip()) if result.returncode else ""
 
 
 def main() -> None:

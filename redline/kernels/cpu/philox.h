@@ -54,7 +54,7 @@ REDLINE_INLINE void draw(int64_t seed, int64_t offset, uint64_t first, uint32_t*
   }
   const UInt64s low = (c0 & 0xffffffffu) | (c1 << 32), high = (c2 & 0xffffffffu) | (c3 << 32);
   uint64_t numbers[2 * counters_at_once];  // counter by counter: low, high, low, high ...
-  for (int i = 0; i < counters_at_once; ++i) {
+  for (int64_t i = 0; i < counters_at_once; ++i) {
     numbers[2 * i] = low[i];
     numbers[2 * i + 1] = high[i];
   }
