@@ -212,7 +212,7 @@ def text(command):
         return ""
 
 
-def machine(device):
+def machine(device, commit):
     root = str(pathlib.Path(__file__).parent.parent)
     gpu = device == "cuda"
     driver = text(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
@@ -220,7 +220,7 @@ def machine(device):
         "gpu": torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "driver": driver if gpu else "",
-        "commit": text(["git", "-C", root, "rev-parse", "--short", "HEAD"]),
+        "commit": commit or text(["git", "-C", root, "rev-parse", "--short", "HEAD"]),
         "command": "python bench/bench.py " + " ".join(sys.argv[1:]),
         "date": datetime.date.today().isoformat(),
     }
@@ -302,8 +302,9 @@ def main():
     parser.add_argument("--markdown")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--quick", action="store_true", help="the first case of each op")
+    parser.add_argument("--commit", help="of this tree, where it was copied without its .git")
     args = parser.parse_args()
-    result = {**machine(args.device), **ceilings(args.device), "rows": []}
+    result = {**machine(args.device, args.commit), **ceilings(args.device), "rows": []}
     print(
         f"{result['gpu']}: copy {result['copy_gb_s']:.0f} GB/s, product "
         f"{result['gemm_tflop_s']:.0f} TFLOP/s"
