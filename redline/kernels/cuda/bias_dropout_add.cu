@@ -29,7 +29,7 @@ struct Dropout {
   __device__ __forceinline__ void apply(const Place<Aligned>& at, float (&values)[N]) const {
     if (!random) return;
     uint32_t numbers[N];
-    draw(key(), static_cast<uint64_t>(at.row * cols + at.col), numbers);
+    draw<Aligned>(key(), static_cast<uint64_t>(at.row * cols + at.col), numbers);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       values[i] = numbers[i] < threshold || scale == 0.0f ? 0.0f : values[i] * scale;
@@ -92,7 +92,7 @@ __global__ void state_kernel(const Forward<T, R> op) {
 // R: what y_grad holds.
 template <typename T, typename R>
 struct Backward {
-  static constexpr int size = vector_size<T>, in_flight = 4, sums = 1;
+  static constexpr int size = vector_size<T>, in_flight = 2, sums = 1;
   using Input = Packed<R, size>;
   Extent extent;
   Dropout dropout;

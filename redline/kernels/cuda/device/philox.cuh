@@ -33,11 +33,12 @@ __device__ __forceinline__ void philox(PhiloxKey key, uint64_t counter, uint32_t
 
 // The numbers of elements [element, element + N). Rows of odd length start inside a counter: one
 // more is drawn and the numbers are moved up, in two steps so that all indices are constants.
-template <int N>
+// Aligned: `element` is a multiple of four, known to the compiler.
+template <bool Aligned, int N>
 __device__ __forceinline__ void draw(PhiloxKey key, uint64_t element, uint32_t (&numbers)[N]) {
   static_assert(N % 4 == 0);
   const uint64_t first = element / 4;
-  const int skip = static_cast<int>(element % 4);
+  const int skip = Aligned ? 0 : static_cast<int>(element % 4);
   uint32_t drawn[N + 4];
 #pragma unroll
   for (int k = 0; k <= N / 4; ++k) {

@@ -11,7 +11,7 @@ namespace {
 
 template <typename T, typename Kind>
 struct Backward : Common {
-  static constexpr int size = vector_size<T>, in_flight = 2, sums = 2;
+  static constexpr int size = vector_size<T>, in_flight = 1, sums = 2;
   struct Input {
     Packed<T> gate, linear, y_grad;
   };
