@@ -153,6 +153,7 @@ def copy_call(device, size, pairs=1):
 
 def measure(case, device):
     """Interleaved medians; a variant that fails is left out with its reason on stderr."""
+    torch._dynamo.reset()  # its limit of 8 recompilations would turn "compile" into eager, unsaid
     sets = input_sets(case, device)
     timers = {}
     for name, call in {"copy": copy_call(device, case.bytes, len(sets)), **case.calls}.items():
