@@ -46,7 +46,16 @@ def choose(options: Options) -> tuple[torch.device, torch.dtype]:
 
 def shape_for(device: torch.device) -> Shape:
     if device.type == "cuda":
-        return Shape(hidden=2048, ffn=5632, layers=8, heads=16, kv_heads=4, sequence=2048, batch=4)
+        return Shape(
+            hidden=2048,
+            ffn=5632,
+            layers=8,
+            heads=16,
+            kv_heads=4,
+            sequence=2048,
+            batch=4,
+            learning_rate=3e-4,  # at 1e-3 a rounding grows to 0.1 of loss (lap.py, BOUNDS)
+        )
     return Shape()
 
 

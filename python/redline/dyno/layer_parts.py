@@ -12,14 +12,14 @@ from .measure import relative_error
 from .part import Case, Cost, Part, Setting, tuned_name
 from .stock import Shape, tuned_state
 
-ADAMW = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
-def make_adamw(variant: str, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+def make_adamw(variant: str, parameters: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
     """torch's AdamW in its fastest form (`fused`), or Redline's, with the same numbers."""
     if variant == "tuned":
-        return tuned_name("optim", "AdamW")(list(parameters), **ADAMW)
-    return torch.optim.AdamW(parameters, fused=True, **ADAMW)
+        return tuned_name("optim", "AdamW")(list(parameters), lr=lr, **ADAMW)
+    return torch.optim.AdamW(parameters, lr=lr, fused=True, **ADAMW)
 
 
 def worst_error(values: Iterable[Tensor], truths: Iterable[Tensor]) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of the model and of one batch."""
+    """The sizes of the model and of one batch, and the learning rate that suits them."""
 
     vocabulary: int = 8192
     hidden: int = 256
@@ -27,6 +27,7 @@ class Shape:
     sequence: int = 256
     batch: int = 8
     epsilon: float = 1e-5
+    learning_rate: float = 1e-3
 
     @property
     def head_dim(self) -> int:
