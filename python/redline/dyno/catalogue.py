@@ -291,7 +291,7 @@ class _AdamW:
         exact = [p.detach().double().requires_grad_(True) for p in self.parameters()]
         for p, original in zip(exact, self.parameters(), strict=True):
             p.grad = original.grad.double()
-        torch.optim.AdamW(exact, **layer_parts.ADAMW).step()
+        torch.optim.AdamW(exact, lr=1e-3, **layer_parts.ADAMW).step()
         found = {}
         for name in calls:
             values = self.parameters()

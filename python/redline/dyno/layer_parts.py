@@ -15,7 +15,9 @@ from .stock import Shape, tuned_state
 ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
-def make_adamw(variant: str, parameters: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
+def make_adamw(
+    variant: str, parameters: Iterable[Tensor], lr: float = 1e-3
+) -> torch.optim.Optimizer:
     """torch's AdamW in its fastest form (`fused`), or Redline's, with the same numbers."""
     if variant == "tuned":
         return tuned_name("optim", "AdamW")(list(parameters), lr=lr, **ADAMW)
