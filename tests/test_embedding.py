@@ -23,6 +23,16 @@ CASES = [
 ]
 
 
+# Tokens of each row, about the 64 of a chunk: rows of many start and end in every place of one.
+COUNTS = [
+    (64, 65, 63, 0, 128, 129, 1, 500),
+    (1, 200, 64, 66, 65, 127, 3, 65, 65),
+    (1000,),
+    (63, 1, 65),
+    tuple(range(60, 72)),
+]
+
+
 def case_name(case):
     return f"{'x'.join(map(str, case[0])) or 'scalar'}-{case[1]}-{case[2]}"
 
@@ -65,6 +75,28 @@ def test_gradient_is_summed_in_order_of_occurrence(dtype, device):
     y_grad = randn(5, 41, 40, dtype=dtype, device=device, scale=10.0)
     grad = torch.ops.redline.embedding_backward(y_grad, tokens, 9)
     assert torch.equal(grad.cpu(), in_order(y_grad, tokens, 9).to(dtype))
+
+
+def in_chunks(y_grad, tokens, vocabulary, chunk):
+    """The gradient by adding `chunk` tokens' rows after one another, then those sums in order."""
+    sums = torch.zeros(vocabulary, y_grad.shape[-1])
+    for row in range(vocabulary):
+        rows = y_grad[tokens == row].float().cpu()
+        for part in rows.split(chunk):
+            sums[row] += in_order(part, torch.zeros(len(part), dtype=torch.int64), 1)[0]
+    return sums
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_rows_of_many_tokens(counts, dtype, device):
+    tokens = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(1))]
+    tokens = tokens.to(device)
+    y_grad = randn(len(tokens), 24, dtype=dtype, device=device, scale=10.0)
+    grad = torch.ops.redline.embedding_backward(y_grad, tokens, len(counts))
+    chunk = 64 if device == "cuda" else max(len(tokens), 1)
+    assert torch.equal(grad.cpu(), in_chunks(y_grad, tokens, len(counts), chunk).to(dtype))
 
 
 @pytest.mark.parametrize("wide_buffer", [False, True], ids=["same", "float32"])

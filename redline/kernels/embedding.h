@@ -1,6 +1,7 @@
 // Embedding: y[t] = weight[tokens[t]]. The gradient of a row of weight is the sum of y_grad over
 // the tokens that named it, in the order in which they occur, in float32 (float64 for float64) and
-// rounded once; zero for padding_index. Backward keeps the tokens alone.
+// rounded once; zero for padding_index. On CUDA a row of more than 64 tokens is summed by chunks of
+// 64, which are added in order. Backward keeps the tokens alone.
 #pragma once
 
 #include "redline/core/stream.h"
@@ -18,7 +19,7 @@ struct EmbeddingBackward {
   TensorView y_grad;       // [tokens, hidden]
   TensorView tokens;       // [tokens] int64 or int32
   TensorView weight_grad;  // [vocabulary, hidden], out; y_grad's dtype or its accumulation dtype
-  TensorView workspace;    // [embedding_workspace(...)] int32
+  TensorView workspace;    // [embedding_workspace(...)] int32, at a multiple of 16 bytes
   int64_t padding_index = -1;  // a row without a gradient; -1: none
   bool accumulate = false;     // weight_grad += the gradient, in place of weight_grad = it
 };
@@ -44,7 +45,7 @@ namespace cpu {
 int64_t embedding_workspace(int64_t tokens, int64_t vocabulary);
 }
 namespace cuda {
-int64_t embedding_workspace(int64_t tokens, int64_t vocabulary);
+int64_t embedding_workspace(int64_t tokens, int64_t vocabulary, int64_t hidden);
 }
 
 }  // namespace redline

@@ -62,11 +62,11 @@ Tensor embedding_forward(const Tensor& tokens, const Tensor& weight) {
   return y;
 }
 
-int64_t workspace_size(const Tensor& like, int64_t tokens, int64_t vocabulary) {
+int64_t workspace_size(const Tensor& y_grad, int64_t tokens, int64_t vocabulary) {
   if constexpr (with_cuda) {
-    if (like.is_cuda()) {
-      const c10::OptionalDeviceGuard guard(like.device());
-      return cuda::embedding_workspace(tokens, vocabulary);
+    if (y_grad.is_cuda()) {
+      const c10::OptionalDeviceGuard guard(y_grad.device());
+      return cuda::embedding_workspace(tokens, vocabulary, y_grad.size(-1));
     }
   }
   return cpu::embedding_workspace(tokens, vocabulary);

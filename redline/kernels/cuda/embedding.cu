@@ -1,7 +1,8 @@
 // Forward copies rows. Backward (kernels/embedding.h): the tokens' positions are sorted by row of
 // the vocabulary, stably, on as many bits as the vocabulary has; then each row of the gradient is
-// summed in registers over its tokens in order and written once, rows without tokens as zeros.
-// Bound by bytes; of the floor: bench/results.
+// summed in registers over its tokens in order and written once, rows without tokens as zeros. Text
+// names a few rows very often: a row of many tokens is cut into chunks that blocks of their own sum
+// first. Bound by bytes; of the floor: bench/results.
 #include <bit>
 #include <cub/device/device_radix_sort.cuh>
 
@@ -93,19 +94,37 @@ void launch_forward(Forward args, Stream stream) {
 
 // --- sort ---------------------------------------------------------------------------------------
 
-// The parts of the workspace, each [tokens] but the last. `rows` are rows of the vocabulary,
+// The parts of the workspace, each [tokens] but the last two. `rows` are rows of the vocabulary,
 // `order` positions among the tokens; sorted_order is what the sum follows.
 struct Workspace {
   uint32_t *rows, *sorted_rows, *order, *sorted_order;
+  float* partial;  // [chunk_slots, hidden]
   void* sort_space;
 };
 
-constexpr int64_t part_size(int64_t tokens) { return ceil_div(tokens, 64) * 64; }  // 256 bytes
+constexpr int64_t part_size(int64_t elements) { return ceil_div(elements, 64) * 64; }  // 256 bytes
+
+// Tokens of a row that are added one after another.
+constexpr int chunk = 64;
+
+// Each `chunk` sorted places hold the start of one row of more than a chunk at most, and of one
+// further chunk of such a row: the starts of a kind lie a chunk apart or more.
+constexpr int64_t chunk_slots(int64_t tokens) { return 2 * ceil_div(tokens, chunk); }
+
+// Elements before the sort's own space.
+constexpr int64_t fixed_size(int64_t tokens, int64_t hidden) {
+  return 4 * part_size(tokens) + part_size(chunk_slots(tokens) * hidden);
+}
 
 Workspace workspace_of(const EmbeddingBackward& args) {
   uint32_t* begin = args.workspace.as<uint32_t>();
-  const int64_t part = part_size(args.tokens.sizes[0]);
-  return {begin, begin + part, begin + 2 * part, begin + 3 * part, begin + 4 * part};
+  const int64_t tokens = args.tokens.sizes[0], part = part_size(tokens);
+  return {.rows = begin,
+          .sorted_rows = begin + part,
+          .order = begin + 2 * part,
+          .sorted_order = begin + 3 * part,
+          .partial = reinterpret_cast<float*>(begin + 4 * part),
+          .sort_space = begin + fixed_size(tokens, args.weight_grad.sizes[1])};
 }
 
 // Sorts where `space` is given; otherwise tells the bytes that it needs.
@@ -139,7 +158,7 @@ void sort_by_row(const EmbeddingBackward& args, Tokens tokens, Stream stream) {
           .block = dim3(sort_threads),
           .stream = stream},
          tokens, args.padding_index, at.rows, at.order);
-  const int64_t used = 4 * part_size(tokens.count);
+  const int64_t used = fixed_size(tokens.count, args.weight_grad.sizes[1]);
   sort(at, at.sort_space, static_cast<size_t>(args.workspace.sizes[0] - used) * 4, tokens, stream);
 }
 
@@ -153,6 +172,7 @@ struct Backward {
   const void* y_grad;
   void* weight_grad;
   const uint32_t *sorted_rows, *order;
+  float* partial;
   int64_t y_grad_stride, weight_grad_stride, count, vocabulary, hidden;
   int lanes;  // threads of a row
   bool accumulate;
@@ -196,12 +216,75 @@ __device__ __forceinline__ void sum_tokens(const Backward& args, int begin, int 
   }
 }
 
+// Where the sum of the chunk lies that starts at sorted place `start` of a row from `begin` on.
+__device__ __forceinline__ int64_t slot_of(int64_t begin, int64_t start) {
+  return 2 * (start / chunk) + (start != begin);
+}
+
+// The sorted places of the chunk whose sum is in `slot`; empty where there is none. A row of more
+// than a chunk covers the place before which (its start) or after which (a further chunk) it is
+// looked for.
+__device__ __forceinline__ Range chunk_in(const Backward& args, int64_t slot) {
+  const bool starts_row = slot % 2 == 0;
+  const int64_t window = slot / 2 * chunk, anchor = window + (starts_row ? chunk : 0);
+  if (anchor >= args.count) return {};
+  const uint32_t row = args.sorted_rows[anchor];
+  if (row >= args.vocabulary) return {};
+  const int64_t begin = find_row(args, row);
+  const int64_t start = starts_row ? begin : begin + (window - begin + chunk - 1) / chunk * chunk;
+  if (start < window || start >= window + chunk || (start == begin) != starts_row) return {};
+  const int64_t beyond = max(start, begin + chunk);  // of this row, or the row is one chunk
+  if (beyond >= args.count || args.sorted_rows[beyond] != row) return {};
+  return {start, min(start + chunk, find_row(args, int64_t{row} + 1))};
+}
+
+// Sums of the chunks of rows that have more than one.
+template <typename T, int V>
+__global__ void __launch_bounds__(sum_threads) chunk_kernel(const Backward args) {
+  const Range places = chunk_in(args, blockIdx.x);
+  if (places.begin == places.end) return;
+  const int64_t first_col = (int64_t{blockIdx.y} * sum_threads + threadIdx.x) * V;
+  for (int64_t col = first_col; col < args.hidden; col += int64_t{gridDim.y} * sum_threads * V) {
+    float sums[V] = {};
+    sum_tokens<T, V>(args, static_cast<int>(places.begin), static_cast<int>(places.end), col, sums);
+    float* to = args.partial + blockIdx.x * args.hidden + col;
+    *reinterpret_cast<Packed<float, V>*>(to) = pack<float, V>(sums);
+  }
+}
+
+// Adds V columns of the sums of a row's chunks, one after another.
+template <int V>
+__device__ __forceinline__ void sum_row_chunks(const Backward& args, int begin, int end,
+                                               int64_t col, float (&sums)[V]) {
+  for (int64_t start = begin; start < end; start += sum_vectors * chunk) {
+    Packed<float, V> values[sum_vectors] = {};
+#pragma unroll
+    for (int k = 0; k < sum_vectors; ++k) {
+      const int64_t at = slot_of(begin, start + k * chunk);
+      if (start + k * chunk < end) {
+        values[k] = load_at<float, V>(args.partial + at * args.hidden + col);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < sum_vectors; ++k) {
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        if (start + k * chunk < end) sums[e] += values[k].values[e];
+      }
+    }
+  }
+}
+
 template <typename T, typename Out, int V>
 __device__ __forceinline__ void sum_row(const Backward& args, int64_t row, int begin, int end,
                                         int64_t col) {
   if (args.accumulate && begin == end) return;
   float sums[V] = {};
-  sum_tokens<T, V>(args, begin, end, col, sums);
+  if (end - begin > chunk) {
+    sum_row_chunks(args, begin, end, col, sums);
+  } else {
+    sum_tokens<T, V>(args, begin, end, col, sums);
+  }
   Out* to = static_cast<Out*>(args.weight_grad) + row * args.weight_grad_stride + col;
   if (args.accumulate) {
     const Packed<Out, V> before = load_at<Out, V>(to);
@@ -236,9 +319,16 @@ void launch_sum(Backward args, Stream stream) {
   const int64_t vectors = ceil_div(args.hidden, V);
   args.lanes = static_cast<int>(std::clamp<int64_t>(vectors, 1, sum_threads));
   const int64_t rows = int64_t{sum_threads / args.lanes} * rows_per_lane;
+  const int64_t slices = std::min<int64_t>(ceil_div(vectors, sum_threads), 65535);
+  if (args.count > chunk) {
+    launch(chunk_kernel<T, V>,
+           {.grid = dim3(chunk_slots(args.count), slices),
+            .block = dim3(sum_threads),
+            .stream = stream},
+           args);
+  }
   launch(sum_kernel<T, Out, V>,
-         {.grid = dim3(ceil_div(args.vocabulary, rows),
-                       std::min<int64_t>(ceil_div(vectors, args.lanes), 65535)),
+         {.grid = dim3(ceil_div(args.vocabulary, rows), slices),
           .block = dim3(sum_threads),
           .stream = stream},
          args);
@@ -246,10 +336,10 @@ void launch_sum(Backward args, Stream stream) {
 
 }  // namespace
 
-int64_t embedding_workspace(int64_t tokens, int64_t vocabulary) {
+int64_t embedding_workspace(int64_t tokens, int64_t vocabulary, int64_t hidden) {
   if (tokens == 0) return 0;
   const size_t bytes = sort({}, nullptr, 0, {nullptr, false, tokens, vocabulary}, {});
-  return 4 * part_size(tokens) + ceil_div(static_cast<int64_t>(bytes), 4);
+  return fixed_size(tokens, hidden) + ceil_div(static_cast<int64_t>(bytes), 4);
 }
 
 }  // namespace cuda
@@ -281,6 +371,7 @@ void run(const EmbeddingBackward& embedding, Stream stream) {
                          .weight_grad = weight_grad.data,
                          .sorted_rows = at.sorted_rows,
                          .order = at.sorted_order,
+                         .partial = at.partial,
                          .y_grad_stride = y_grad.strides[0],
                          .weight_grad_stride = weight_grad.strides[0],
                          .count = tokens.count,
