@@ -58,7 +58,8 @@ if(REDLINE_WITH_CUDA)
       adamw
       bias_dropout_add
       cross_entropy
-      embedding
+      embedding/backward
+      embedding/forward
       gated_activation/backward
       gated_activation/forward
       gradient_norm

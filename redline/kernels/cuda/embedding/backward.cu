@@ -1,96 +1,16 @@
-// Forward copies rows. Backward (kernels/embedding.h): the tokens' positions are sorted by row of
-// the vocabulary, stably, on as many bits as the vocabulary has; then each row of the gradient is
+// The gradient of embedding (kernels/embedding.h): the tokens' positions are sorted by row of the
+// vocabulary, stably, on as many bits as the vocabulary has; then each row of the gradient is
 // summed in registers over its tokens in order and written once, rows without tokens as zeros. Text
 // names a few rows very often: a row of many tokens is cut into chunks that blocks of their own sum
 // first. Bound by bytes; of the floor: bench/results.
 #include <bit>
 #include <cub/device/device_radix_sort.cuh>
 
-#include "redline/core/dispatch.h"
-#include "redline/kernels/cuda/device/vector.cuh"
-#include "redline/kernels/cuda/launch.h"
-#include "redline/kernels/embedding.h"
+#include "redline/kernels/cuda/embedding/tokens.cuh"
 
 namespace redline {
 namespace cuda {
 namespace {
-
-struct Tokens {
-  const void* data;
-  bool is_int64;
-  int64_t count;
-  int64_t vocabulary;
-};
-
-Tokens tokens_of(const TensorView& tokens, int64_t vocabulary) {
-  return {tokens.data, tokens.dtype == DType::int64, tokens.sizes[0], vocabulary};
-}
-
-// -1 for a token outside the vocabulary.
-__device__ __forceinline__ int64_t read_token(const Tokens& tokens, int64_t i) {
-  const int64_t token = tokens.is_int64 ? static_cast<const int64_t*>(tokens.data)[i]
-                                        : static_cast<const int32_t*>(tokens.data)[i];
-  return token >= 0 && token < tokens.vocabulary ? token : -1;
-}
-
-template <typename T, int V>
-__device__ __forceinline__ Packed<T, V> load_at(const T* from) {
-  return *reinterpret_cast<const Packed<T, V>*>(from);
-}
-
-// --- forward ------------------------------------------------------------------------------------
-
-constexpr int forward_threads = 256;
-constexpr int forward_vectors = 4;  // in flight per thread
-
-struct Forward {
-  Tokens tokens;
-  const void* weight;
-  void* y;
-  int64_t weight_stride, y_stride, hidden;
-  int lanes;  // threads of a row
-};
-
-template <typename T, int V>
-__global__ void __launch_bounds__(forward_threads) forward_kernel(const Forward args) {
-  const int lane = threadIdx.x % args.lanes, rows = forward_threads / args.lanes;
-  const int64_t row = int64_t{blockIdx.x} * rows + threadIdx.x / args.lanes;
-  if (threadIdx.x >= rows * args.lanes || row >= args.tokens.count) return;
-  const int64_t token = read_token(args.tokens, row);
-  const T* from = static_cast<const T*>(args.weight) + token * args.weight_stride;
-  T* to = static_cast<T*>(args.y) + row * args.y_stride;
-  Packed<T, V> absent;
-#pragma unroll
-  for (int i = 0; i < V; ++i) absent.values[i] = from_float<T>(nanf(""));
-  const int step = args.lanes * V;
-  for (int64_t col = lane * V; col < args.hidden; col += int64_t{forward_vectors} * step) {
-    Packed<T, V> values[forward_vectors];
-#pragma unroll
-    for (int k = 0; k < forward_vectors; ++k) {
-      values[k] = absent;
-      if (token >= 0 && col + k * step < args.hidden)
-        values[k] = load_at<T, V>(from + col + k * step);
-    }
-#pragma unroll
-    for (int k = 0; k < forward_vectors; ++k) {
-      if (col + k * step < args.hidden) {
-        *reinterpret_cast<Packed<T, V>*>(to + col + k * step) = values[k];
-      }
-    }
-  }
-}
-
-template <typename T, int V>
-void launch_forward(Forward args, Stream stream) {
-  const int64_t vectors = ceil_div(args.hidden, V);
-  args.lanes =
-      static_cast<int>(std::clamp<int64_t>(ceil_div(vectors, forward_vectors), 1, forward_threads));
-  launch(forward_kernel<T, V>,
-         {.grid = dim3(ceil_div(args.tokens.count, forward_threads / args.lanes)),
-          .block = dim3(forward_threads),
-          .stream = stream},
-         args);
-}
 
 // --- sort ---------------------------------------------------------------------------------------
 
@@ -295,21 +215,25 @@ __device__ __forceinline__ void sum_row(const Backward& args, int64_t row, int b
 }
 
 // A block takes rows_per_lane rows for each group of `lanes` threads, and a slice of the columns.
+// Its rows lie a grid apart: those of many tokens are neighbours in most vocabularies.
 template <typename T, typename Out, int V>
 __global__ void __launch_bounds__(sum_threads) sum_kernel(const Backward args) {
-  __shared__ int begins[sum_threads * rows_per_lane + 1];
+  __shared__ int begins[sum_threads * rows_per_lane], ends[sum_threads * rows_per_lane];
   const int groups = sum_threads / args.lanes, rows = groups * rows_per_lane;
-  const int64_t first_row = int64_t{blockIdx.x} * rows;
-  for (int i = threadIdx.x; i <= rows; i += sum_threads) {
-    begins[i] = static_cast<int>(find_row(args, min(first_row + i, args.vocabulary)));
+  const auto row_at = [&](int i) {
+    return (int64_t{i / groups} * gridDim.x + blockIdx.x) * groups + i % groups;
+  };
+  for (int i = threadIdx.x; i < 2 * rows; i += sum_threads) {
+    const int64_t row = row_at(i / 2) + i % 2;
+    (i % 2 ? ends : begins)[i / 2] = static_cast<int>(find_row(args, min(row, args.vocabulary)));
   }
   __syncthreads();
   const int group = threadIdx.x / args.lanes;
   if (group >= groups) return;
   const int64_t first_col = (int64_t{blockIdx.y} * args.lanes + threadIdx.x % args.lanes) * V;
-  for (int i = group; i < rows && first_row + i < args.vocabulary; i += groups) {
+  for (int i = group; i < rows && row_at(i) < args.vocabulary; i += groups) {
     for (int64_t col = first_col; col < args.hidden; col += int64_t{gridDim.y} * args.lanes * V) {
-      sum_row<T, Out, V>(args, first_row + i, begins[i], begins[i + 1], col);
+      sum_row<T, Out, V>(args, row_at(i), begins[i], ends[i], col);
     }
   }
 }
@@ -327,8 +251,11 @@ void launch_sum(Backward args, Stream stream) {
             .stream = stream},
            args);
   }
+  // A block searches its rows first: slices of the columns only where blocks are few.
+  const int64_t blocks = ceil_div(args.vocabulary, rows);
+  const int64_t wanted = ceil_div(16 * int64_t{stream.usable_sms()}, std::max<int64_t>(blocks, 1));
   launch(sum_kernel<T, Out, V>,
-         {.grid = dim3(ceil_div(args.vocabulary, rows), slices),
+         {.grid = dim3(blocks, std::min(slices, wanted)),
           .block = dim3(sum_threads),
           .stream = stream},
          args);
@@ -343,24 +270,6 @@ int64_t embedding_workspace(int64_t tokens, int64_t vocabulary, int64_t hidden) 
 }
 
 }  // namespace cuda
-
-void run(const EmbeddingForward& embedding, Stream stream) {
-  using namespace cuda;
-  const TensorView &weight = embedding.weight, &y = embedding.y;
-  const Forward args = {.tokens = tokens_of(embedding.tokens, weight.sizes[0]),
-                        .weight = weight.data,
-                        .y = y.data,
-                        .weight_stride = weight.strides[0],
-                        .y_stride = y.strides[0],
-                        .hidden = y.sizes[1],
-                        .lanes = 1};
-  const bool aligned = is_aligned({&weight, &y});
-  visit_dtype<float, bfloat16, float16>("embedding: weight", y.dtype, [&]<typename T>() {
-    using Device = device_type<T>;
-    aligned ? launch_forward<Device, vector_size<Device>>(args, stream)
-            : launch_forward<Device, 1>(args, stream);
-  });
-}
 
 void run(const EmbeddingBackward& embedding, Stream stream) {
   using namespace cuda;
