@@ -57,7 +57,8 @@ if(REDLINE_WITH_CUDA)
       activation
       adamw
       bias_dropout_add
-      cross_entropy
+      cross_entropy/gradient
+      cross_entropy/loss
       embedding/backward
       embedding/forward
       gated_activation/backward

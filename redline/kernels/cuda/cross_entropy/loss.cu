@@ -1,29 +1,13 @@
-// Over budget: parameters: scalars in registers; a struct of them would name nothing more.
-// Over budget: lines: the two kernels of one op, by two lines of this head.
 // loss = lse - x_target and its kin (kernels/cross_entropy.h). Statistics: a block per row reads it
-// once by 16-byte loads, four in flight per thread, each thread with a running maximum and sum;
-// gradient: one read, one 16-byte write per vector. Rows may start at any address: any vocabulary
-// runs this path. Bound by bytes; of the floor: bench/results.
-#include "redline/core/dispatch.h"
-#include "redline/kernels/cross_entropy.h"
-#include "redline/kernels/cuda/device/realign.cuh"
+// once by 16-byte loads, four in flight per thread, each thread with a running maximum and sum.
+// Rows may start at any address: any vocabulary runs this path. Bound by bytes; of the floor:
+// bench/results.
+#include "redline/kernels/cuda/cross_entropy/logits.cuh"
 #include "redline/kernels/cuda/device/reduce.cuh"
-#include "redline/kernels/cuda/launch.h"
 
 namespace redline {
 namespace cuda {
 namespace {
-
-constexpr int in_flight = 4;  // vectors that a thread loads before it uses the first
-
-// What both readers of the logits know of them.
-struct Logits {
-  const void* data;
-  const int64_t* targets;
-  int64_t rows, stride, vocab_start, ignore_index;
-  int cols;
-  float softcap;
-};
 
 struct StatisticsArgs : Logits {
   float* statistics;
@@ -31,37 +15,7 @@ struct StatisticsArgs : Logits {
   bool skip_ignored;
 };
 
-struct GradientArgs : Logits {
-  const float* statistics;
-  const float* loss_grad;
-  const float* log_sum_exp_grad;
-  const float* count;
-  void* logits_grad;
-  int64_t grad_stride, loss_grad_stride, vocabulary;
-  int width;
-  float label_smoothing, z_loss;
-};
-
-// Rows go over x and y: their number may pass 2^31.
-constexpr int64_t grid_rows = int64_t{1} << 30;
-
-__device__ __forceinline__ int64_t block_row() {
-  return int64_t{blockIdx.y} * grid_rows + blockIdx.x;
-}
-
-dim3 row_grid(int64_t rows, int64_t depth = 1) {
-  return dim3(std::min(rows, grid_rows), ceil_div(rows, grid_rows), depth);
-}
-
-__device__ __forceinline__ float capped(float x, float softcap) {
-  return softcap == 0.0f ? x : softcap * tanhf(x / softcap);
-}
-
 __device__ __forceinline__ float negative_infinity() { return __int_as_float(0xff800000); }
-
-__device__ __forceinline__ bool is_class(int64_t target, int64_t vocabulary) {
-  return target >= 0 && target < vocabulary;
-}
 
 // The maximum of what a thread has seen, the sum of e^(x - maximum), the sum of x.
 struct Running {
@@ -214,121 +168,6 @@ __global__ void __launch_bounds__(loss_threads)
   *loss = sums[0] / divisor;
 }
 
-// What one row's gradient is made of: e^(x - maximum) * scale - shift, less `hot` at the target.
-struct RowGradient {
-  float maximum, scale, shift, hot;
-};
-
-__device__ __forceinline__ RowGradient row_gradient(const GradientArgs& args, int64_t row,
-                                                    int64_t target) {
-  const float* statistics = args.statistics + row * args.width;
-  float upstream = 0.0f;
-  if (target != args.ignore_index) {
-    upstream = args.loss_grad[row * args.loss_grad_stride];
-    if (args.count != nullptr) upstream /= *args.count;
-    if (!is_class(target, args.vocabulary)) upstream = __int_as_float(0x7fc00000);
-  }
-  float through_lse = upstream;
-  if (args.z_loss != 0.0f) {
-    through_lse *= 1.0f + 2.0f * args.z_loss * (statistics[0] + logf(statistics[1]));
-  }
-  if (args.log_sum_exp_grad != nullptr) through_lse += args.log_sum_exp_grad[row];
-  return {statistics[0], through_lse / statistics[1],
-          upstream * args.label_smoothing / static_cast<float>(args.vocabulary),
-          upstream * (1.0f - args.label_smoothing)};
-}
-
-// The gradient of the vector at `col`; `hot_col` is the target's column, or one outside the row.
-template <typename T>
-__device__ __forceinline__ Packed<T> gradient_vector(const Packed<T>& logits,
-                                                     const RowGradient& row, int col, int hot_col,
-                                                     float softcap) {
-  constexpr int N = vector_size<T>;
-  float grad[N];
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const float x = capped(to_float(logits.values[i]), softcap);
-    grad[i] = __expf(x - row.maximum) * row.scale - row.shift;
-    if (col + i == hot_col) grad[i] -= row.hot;
-    if (softcap != 0.0f) grad[i] *= 1.0f - (x / softcap) * (x / softcap);
-  }
-  return pack<T>(grad);
-}
-
-// Elements [col, col + N) of those within the row; row + col is a multiple of 16 bytes.
-template <typename T>
-__device__ __forceinline__ void store_inside(T* row, int col, int cols, const Packed<T>& packed) {
-  constexpr int N = vector_size<T>;
-  if (col >= 0 && col + N <= cols) {
-    *reinterpret_cast<Packed<T>*>(row + col) = packed;
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (col + i >= 0 && col + i < cols) row[col + i] = packed.values[i];
-    }
-  }
-}
-
-// Vectors lie at the gradient's multiples of 16 bytes; the first may begin before the row. Logits
-// and gradient in one memory lie alike, so that each vector is then read by the thread that writes
-// it.
-template <typename T, int Threads>
-__global__ void __launch_bounds__(Threads, 1024 / Threads)
-    gradient_kernel(const GradientArgs args) {
-  constexpr int N = vector_size<T>, step = Threads * N;
-  const int64_t row_index = block_row();
-  if (row_index >= args.rows) return;
-  const T* row = static_cast<const T*>(args.data) + row_index * args.stride;
-  T* grad = static_cast<T*>(args.logits_grad) + row_index * args.grad_stride;
-  const int first = -misalignment(grad) / static_cast<int>(sizeof(T));
-  const int shift = misalignment(row + first);
-  const int64_t target = args.targets[row_index];
-  const bool ignored = target == args.ignore_index;
-  const bool zeros = ignored && args.log_sum_exp_grad == nullptr;
-  const RowGradient found = zeros ? RowGradient{} : row_gradient(args, row_index, target);
-  const int64_t target_col = target - args.vocab_start;
-  const int hot_col = !ignored && is_class(target_col, args.cols) ? static_cast<int>(target_col)
-                                                                  : args.cols + step * in_flight;
-  const int begin = first + static_cast<int>(blockIdx.z * in_flight * step + threadIdx.x * N);
-  for (int col = begin; col < args.cols; col += gridDim.z * in_flight * step) {
-    Packed<T> packed[in_flight] = {};
-    if (!zeros) load_realigned(row, {col, step, args.cols, shift}, packed);
-#pragma unroll
-    for (int v = 0; v < in_flight; ++v) {
-      const int at = col + v * step;
-      if (!zeros) packed[v] = gradient_vector(packed[v], found, at, hot_col, args.softcap);
-      if (at < args.cols) store_inside(grad, at, args.cols, packed[v]);
-    }
-  }
-}
-
-template <typename Args>
-Logits logits_of(const Args& args) {
-  // A column index may pass the row's end by all blocks' steps.
-  REDLINE_CHECK(args.logits.sizes[1] < 1 << 30,
-                "cross_entropy: logits: expected fewer than 2^30 columns");
-  return {.data = args.logits.data,
-          .targets = args.targets.template as<const int64_t>(),
-          .rows = args.logits.sizes[0],
-          .stride = args.logits.strides[0],
-          .vocab_start = args.vocab_start,
-          .ignore_index = args.ignore_index,
-          .cols = static_cast<int>(args.logits.sizes[1]),
-          .softcap = static_cast<float>(args.softcap)};
-}
-
-// Threads of a block, by the vectors of a row alone: four per thread where the row has them.
-template <typename Visit>
-void visit_threads(int64_t vectors, Visit visit) {
-  if (vectors <= 4 * 32) {
-    visit.template operator()<32>();
-  } else if (vectors <= 4 * 256) {
-    visit.template operator()<128>();
-  } else {
-    visit.template operator()<512>();
-  }
-}
-
 }  // namespace
 }  // namespace cuda
 
@@ -366,37 +205,6 @@ void run(const CrossEntropyLoss& args, Stream stream) {
   launch(sum_losses_kernel, {.grid = dim3(1), .block = dim3(loss_threads), .stream = stream},
          device.partial, chunks, args.reduction == Reduction::mean, args.loss.as<float>(),
          args.count.as<float>());
-}
-
-void run(const CrossEntropyGradient& args, Stream stream) {
-  using namespace cuda;
-  const GradientArgs device = {logits_of(args),
-                               args.statistics.as<const float>(),
-                               args.loss_grad.as<const float>(),
-                               args.log_sum_exp_grad.as<const float>(),
-                               args.count.as<const float>(),
-                               args.logits_grad.data,
-                               args.logits_grad.strides[0],
-                               args.loss_grad.strides[0],
-                               args.vocabulary,
-                               static_cast<int>(args.statistics.sizes[1]),
-                               static_cast<float>(args.label_smoothing),
-                               static_cast<float>(args.z_loss)};
-  visit_dtype<float, bfloat16, float16>("cross_entropy", args.logits.dtype, [&]<typename Host>() {
-    using T = device_type<Host>;
-    visit_threads(ceil_div(device.cols, vector_size<T>), [&]<int threads>() {
-      // Few rows are cut into pieces, for no sum crosses a piece: four blocks per multiprocessor.
-      const int64_t pieces =
-          ceil_div(device.cols + vector_size<T>, int64_t{threads} * vector_size<T> * in_flight);
-      const int64_t wanted =
-          ceil_div(4 * int64_t{stream.usable_sms()}, std::max<int64_t>(device.rows, 1));
-      launch(gradient_kernel<T, threads>,
-             {.grid = row_grid(device.rows, std::min(pieces, wanted)),
-              .block = dim3(threads),
-              .stream = stream},
-             device);
-    });
-  });
 }
 
 }  // namespace redline

@@ -1,0 +1,143 @@
+// The gradient of cross_entropy (kernels/cross_entropy.h): one read, one 16-byte write per vector.
+// Rows may start at any address: any vocabulary runs this path. Bound by bytes; of the floor:
+// bench/results.
+#include "redline/kernels/cuda/cross_entropy/logits.cuh"
+
+namespace redline {
+namespace cuda {
+namespace {
+
+struct GradientArgs : Logits {
+  const float* statistics;
+  const float* loss_grad;
+  const float* log_sum_exp_grad;
+  const float* count;
+  void* logits_grad;
+  int64_t grad_stride, loss_grad_stride, vocabulary;
+  int width;
+  float label_smoothing, z_loss;
+};
+
+// What one row's gradient is made of: e^(x - maximum) * scale - shift, less `hot` at the target.
+struct RowGradient {
+  float maximum, scale, shift, hot;
+};
+
+__device__ __forceinline__ RowGradient row_gradient(const GradientArgs& args, int64_t row,
+                                                    int64_t target) {
+  const float* statistics = args.statistics + row * args.width;
+  float upstream = 0.0f;
+  if (target != args.ignore_index) {
+    upstream = args.loss_grad[row * args.loss_grad_stride];
+    if (args.count != nullptr) upstream /= *args.count;
+    if (!is_class(target, args.vocabulary)) upstream = __int_as_float(0x7fc00000);
+  }
+  float through_lse = upstream;
+  if (args.z_loss != 0.0f) {
+    through_lse *= 1.0f + 2.0f * args.z_loss * (statistics[0] + logf(statistics[1]));
+  }
+  if (args.log_sum_exp_grad != nullptr) through_lse += args.log_sum_exp_grad[row];
+  return {statistics[0], through_lse / statistics[1],
+          upstream * args.label_smoothing / static_cast<float>(args.vocabulary),
+          upstream * (1.0f - args.label_smoothing)};
+}
+
+// The gradient of the vector at `col`; `hot_col` is the target's column, or one outside the row.
+template <typename T>
+__device__ __forceinline__ Packed<T> gradient_vector(const Packed<T>& logits,
+                                                     const RowGradient& row, int col, int hot_col,
+                                                     float softcap) {
+  constexpr int N = vector_size<T>;
+  float grad[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const float x = capped(to_float(logits.values[i]), softcap);
+    grad[i] = __expf(x - row.maximum) * row.scale - row.shift;
+    if (col + i == hot_col) grad[i] -= row.hot;
+    if (softcap != 0.0f) grad[i] *= 1.0f - (x / softcap) * (x / softcap);
+  }
+  return pack<T>(grad);
+}
+
+// Elements [col, col + N) of those within the row; row + col is a multiple of 16 bytes.
+template <typename T>
+__device__ __forceinline__ void store_inside(T* row, int col, int cols, const Packed<T>& packed) {
+  constexpr int N = vector_size<T>;
+  if (col >= 0 && col + N <= cols) {
+    *reinterpret_cast<Packed<T>*>(row + col) = packed;
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (col + i >= 0 && col + i < cols) row[col + i] = packed.values[i];
+    }
+  }
+}
+
+// Vectors lie at the gradient's multiples of 16 bytes; the first may begin before the row. Logits
+// and gradient in one memory lie alike, so that each vector is then read by the thread that writes
+// it.
+template <typename T, int Threads>
+__global__ void __launch_bounds__(Threads, 1024 / Threads)
+    gradient_kernel(const GradientArgs args) {
+  constexpr int N = vector_size<T>, step = Threads * N;
+  const int64_t row_index = block_row();
+  if (row_index >= args.rows) return;
+  const T* row = static_cast<const T*>(args.data) + row_index * args.stride;
+  T* grad = static_cast<T*>(args.logits_grad) + row_index * args.grad_stride;
+  const int first = -misalignment(grad) / static_cast<int>(sizeof(T));
+  const int shift = misalignment(row + first);
+  const int64_t target = args.targets[row_index];
+  const bool ignored = target == args.ignore_index;
+  const bool zeros = ignored && args.log_sum_exp_grad == nullptr;
+  const RowGradient found = zeros ? RowGradient{} : row_gradient(args, row_index, target);
+  const int64_t target_col = target - args.vocab_start;
+  const int hot_col = !ignored && is_class(target_col, args.cols) ? static_cast<int>(target_col)
+                                                                  : args.cols + step * in_flight;
+  const int begin = first + static_cast<int>(blockIdx.z * in_flight * step + threadIdx.x * N);
+  for (int col = begin; col < args.cols; col += gridDim.z * in_flight * step) {
+    Packed<T> packed[in_flight] = {};
+    if (!zeros) load_realigned(row, {col, step, args.cols, shift}, packed);
+#pragma unroll
+    for (int v = 0; v < in_flight; ++v) {
+      const int at = col + v * step;
+      if (!zeros) packed[v] = gradient_vector(packed[v], found, at, hot_col, args.softcap);
+      if (at < args.cols) store_inside(grad, at, args.cols, packed[v]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace cuda
+
+void run(const CrossEntropyGradient& args, Stream stream) {
+  using namespace cuda;
+  const GradientArgs device = {logits_of(args),
+                               args.statistics.as<const float>(),
+                               args.loss_grad.as<const float>(),
+                               args.log_sum_exp_grad.as<const float>(),
+                               args.count.as<const float>(),
+                               args.logits_grad.data,
+                               args.logits_grad.strides[0],
+                               args.loss_grad.strides[0],
+                               args.vocabulary,
+                               static_cast<int>(args.statistics.sizes[1]),
+                               static_cast<float>(args.label_smoothing),
+                               static_cast<float>(args.z_loss)};
+  visit_dtype<float, bfloat16, float16>("cross_entropy", args.logits.dtype, [&]<typename Host>() {
+    using T = device_type<Host>;
+    visit_threads(ceil_div(device.cols, vector_size<T>), [&]<int threads>() {
+      // Few rows are cut into pieces, for no sum crosses a piece: four blocks per multiprocessor.
+      const int64_t pieces =
+          ceil_div(device.cols + vector_size<T>, int64_t{threads} * vector_size<T> * in_flight);
+      const int64_t wanted =
+          ceil_div(4 * int64_t{stream.usable_sms()}, std::max<int64_t>(device.rows, 1));
+      launch(gradient_kernel<T, threads>,
+             {.grid = row_grid(device.rows, std::min(pieces, wanted)),
+              .block = dim3(threads),
+              .stream = stream},
+             device);
+    });
+  });
+}
+
+}  // namespace redline
