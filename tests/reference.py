@@ -100,10 +100,10 @@ def bias_dropout_add(x, bias, residual, keep, probability):
     return residual + x * keep / (1 - probability)
 
 
-def philox(seed, offset, count):
-    """The first `count` numbers of Philox 4x32-10 in the layout of redline/core/philox.h."""
+def philox(seed, offset, counters):
+    """The 32-bit words [counters, 4] of Philox 4x32-10, counted as redline/core/philox.h says."""
     low = 0xFFFFFFFF
-    counter = torch.arange((count + 3) // 4)
+    counter = torch.arange(counters)
     c = [torch.full_like(counter, offset // 4 & low), torch.full_like(counter, offset // 4 >> 32)]
     c += [counter & low, counter >> 32]
     k0, k1 = seed & low, seed >> 32 & low
@@ -111,7 +111,14 @@ def philox(seed, offset, count):
         p0, p1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
         c = [(p1 >> 32 & low) ^ c[1] ^ k0, p1 & low, (p0 >> 32 & low) ^ c[3] ^ k1, p0 & low]
         k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
-    return torch.stack(c, -1).flatten()[:count]
+    return torch.stack(c, -1)
+
+
+def dropout_mask(seed, offset, count, probability):
+    """True where an element stays: its 16-bit number is not below the probability's share."""
+    words = philox(seed, offset, (count + 7) // 8)
+    numbers = torch.stack((words & 0xFFFF, words >> 16), -1).flatten()[:count]
+    return numbers >= int(probability * 2**16 + 0.5)
 
 
 def adamw_step(state, gradient, t, lr, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.01):

@@ -33,8 +33,10 @@ REDLINE_INLINE UInt64s multiply_words(UInt64s words, uint32_t factor) {
 
 constexpr int counters_at_once = lanes<double>;
 
-// 4 numbers for each of the counters [first, first + counters_at_once), in order, into `to`.
-REDLINE_INLINE void draw(int64_t seed, int64_t offset, uint64_t first, uint32_t* to) {
+constexpr int per_counter = 8;
+
+// The numbers of the counters [first, first + counters_at_once), in order, into `to`.
+REDLINE_INLINE void draw(int64_t seed, int64_t offset, uint64_t first, uint16_t* to) {
   UInt64s index;
   for (int i = 0; i < counters_at_once; ++i) index[i] = static_cast<uint64_t>(i);
   index += first;
@@ -65,17 +67,18 @@ REDLINE_INLINE void draw(int64_t seed, int64_t offset, uint64_t first, uint32_t*
 // element is dropped.
 template <typename Acc>
 struct DropoutBlock {
-  alignas(64) uint32_t numbers[block_size + 4 * (counters_at_once + 1)];
+  alignas(64) uint16_t numbers[block_size + per_counter * (counters_at_once + 1)];
   Block<Acc> factors;
 
   const Acc* fill(const PhiloxState& state, int64_t element, int count, double probability) {
-    const int skip = static_cast<int>(element % 4);
-    for (int i = 0; i < skip + count; i += 4 * counters_at_once) {
-      draw(state.seed, state.offset, static_cast<uint64_t>(element + i - skip) / 4, numbers + i);
+    const int skip = static_cast<int>(element % per_counter);
+    for (int i = 0; i < skip + count; i += per_counter * counters_at_once) {
+      const uint64_t first = static_cast<uint64_t>(element + i - skip) / per_counter;
+      draw(state.seed, state.offset, first, numbers + i);
     }
     const uint32_t threshold = philox::drop_threshold(probability);
     const Acc scale = static_cast<Acc>(philox::keep_scale(probability));
-    const uint32_t* from = numbers + skip;
+    const uint16_t* from = numbers + skip;
     for (int i = 0; i < count; ++i) factors.values[i] = from[i] < threshold ? 0 : scale;
     return factors.values;
   }

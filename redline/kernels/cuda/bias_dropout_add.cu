@@ -28,11 +28,12 @@ struct Dropout {
   template <bool Aligned, int N>
   __device__ __forceinline__ void apply(const Place<Aligned>& at, float (&values)[N]) const {
     if (!random) return;
-    uint32_t numbers[N];
-    draw<Aligned>(key(), static_cast<uint64_t>(at.row * cols + at.col), numbers);
+    uint32_t numbers[N / 2];
+    draw<Aligned, N>(key(), static_cast<uint64_t>(at.row * cols + at.col), numbers);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      values[i] = numbers[i] < threshold || scale == 0.0f ? 0.0f : values[i] * scale;
+      const uint32_t number = i % 2 ? numbers[i / 2] >> 16 : numbers[i / 2] & 0xffffu;
+      values[i] = number < threshold ? 0.0f : values[i] * scale;
     }
   }
 };

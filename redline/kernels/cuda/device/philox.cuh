@@ -9,8 +9,8 @@ struct PhiloxKey {
   uint64_t seed, offset;
 };
 
-// The four numbers of elements 4 * counter ... 4 * counter + 3.
-__device__ __forceinline__ void philox(PhiloxKey key, uint64_t counter, uint32_t (&numbers)[4]) {
+// The words of a counter: the 16-bit numbers of elements 8 * counter ... 8 * counter + 7.
+__device__ __forceinline__ void philox(PhiloxKey key, uint64_t counter, uint32_t (&words)[4]) {
   const uint64_t step = key.offset / 4;
   uint32_t c0 = static_cast<uint32_t>(step), c1 = static_cast<uint32_t>(step >> 32);
   uint32_t c2 = static_cast<uint32_t>(counter), c3 = static_cast<uint32_t>(counter >> 32);
@@ -25,34 +25,44 @@ __device__ __forceinline__ void philox(PhiloxKey key, uint64_t counter, uint32_t
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  numbers[0] = c0;
-  numbers[1] = c1;
-  numbers[2] = c2;
-  numbers[3] = c3;
+  words[0] = c0;
+  words[1] = c1;
+  words[2] = c2;
+  words[3] = c3;
 }
 
-// The numbers of elements [element, element + N). Rows of odd length start inside a counter: one
-// more is drawn and the numbers are moved up, in two steps so that all indices are constants.
-// Aligned: `element` is a multiple of four, known to the compiler.
+// The numbers of elements [element, element + N), two a word, the lower half first; N is 4 or 8.
+// Rows of odd length start inside a counter: a second one is drawn where the numbers reach into it,
+// and all are moved up in steps, so that all indices are constants. Aligned: `element` is a
+// multiple of N, known to the compiler.
 template <bool Aligned, int N>
-__device__ __forceinline__ void draw(PhiloxKey key, uint64_t element, uint32_t (&numbers)[N]) {
-  static_assert(N % 4 == 0);
-  const uint64_t first = element / 4;
-  const int skip = Aligned ? 0 : static_cast<int>(element % 4);
-  uint32_t drawn[N + 4];
+__device__ __forceinline__ void draw(PhiloxKey key, uint64_t element, uint32_t (&numbers)[N / 2]) {
+  static_assert(N == 4 || N == 8);
+  const int skip = static_cast<int>(element % 8);
+  uint32_t drawn[8] = {}, four[4];
+  philox(key, element / 8, four);
 #pragma unroll
-  for (int k = 0; k <= N / 4; ++k) {
-    uint32_t four[4] = {};
-    if (k < N / 4 || skip != 0) philox(key, first + k, four);
+  for (int i = 0; i < 4; ++i) drawn[i] = four[i];
+  if constexpr (!Aligned) {
+    if (skip + N > 8) {
+      philox(key, element / 8 + 1, four);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) drawn[4 * k + i] = four[i];
+      for (int i = 0; i < 4; ++i) drawn[4 + i] = four[i];
+    }
+    if (skip & 2) {
+#pragma unroll
+      for (int i = 0; i < 7; ++i) drawn[i] = drawn[i + 1];
+    }
+    if (skip & 1) {
+#pragma unroll
+      for (int i = 0; i < 7; ++i) drawn[i] = __funnelshift_r(drawn[i], drawn[i + 1], 16);
+    }
   }
-  if (skip & 1) {
 #pragma unroll
-    for (int i = 0; i < N + 3; ++i) drawn[i] = drawn[i + 1];
+  for (int i = 0; i < N / 2; ++i) {
+    numbers[i] = drawn[i];
+    if (!Aligned || N == 4) numbers[i] = skip & 4 ? drawn[i + 2] : drawn[i];
   }
-#pragma unroll
-  for (int i = 0; i < N; ++i) numbers[i] = skip & 2 ? drawn[i + 2] : drawn[i];
 }
 
 }  // namespace redline::cuda
