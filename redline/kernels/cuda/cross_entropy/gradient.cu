@@ -49,13 +49,30 @@ __device__ __forceinline__ Packed<T> gradient_vector(const Packed<T>& logits,
                                                      float softcap) {
   constexpr int N = vector_size<T>;
   float grad[N];
+  const auto one_hot = [&] {
+    if (hot_col < col || hot_col >= col + N) return;
+#pragma unroll
+    for (int i = 0; i < N; ++i) grad[i] -= col + i == hot_col ? row.hot : 0.0f;
+  };
+  if (softcap == 0.0f) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float e = exponential<true>(to_float(logits.values[i]) - row.maximum);
+      grad[i] = e * row.scale - row.shift;
+    }
+    one_hot();
+    return pack<T>(grad);
+  }
+  float slope[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const float x = capped(to_float(logits.values[i]), softcap);
-    grad[i] = __expf(x - row.maximum) * row.scale - row.shift;
-    if (col + i == hot_col) grad[i] -= row.hot;
-    if (softcap != 0.0f) grad[i] *= 1.0f - (x / softcap) * (x / softcap);
+    grad[i] = exponential<true>(x - row.maximum) * row.scale - row.shift;
+    slope[i] = 1.0f - (x / softcap) * (x / softcap);
   }
+  one_hot();
+#pragma unroll
+  for (int i = 0; i < N; ++i) grad[i] *= slope[i];
   return pack<T>(grad);
 }
 
@@ -75,8 +92,8 @@ __device__ __forceinline__ void store_inside(T* row, int col, int cols, const Pa
 
 // Vectors lie at the gradient's multiples of 16 bytes; the first may begin before the row. Logits
 // and gradient in one memory lie alike, so that each vector is then read by the thread that writes
-// it.
-template <typename T, int Threads>
+// it. Aligned: all rows of both start at such a multiple.
+template <typename T, int Threads, bool Aligned>
 __global__ void __launch_bounds__(Threads, 1024 / Threads)
     gradient_kernel(const GradientArgs args) {
   constexpr int N = vector_size<T>, step = Threads * N;
@@ -84,25 +101,33 @@ __global__ void __launch_bounds__(Threads, 1024 / Threads)
   if (row_index >= args.rows) return;
   const T* row = static_cast<const T*>(args.data) + row_index * args.stride;
   T* grad = static_cast<T*>(args.logits_grad) + row_index * args.grad_stride;
-  const int first = -misalignment(grad) / static_cast<int>(sizeof(T));
-  const int shift = misalignment(row + first);
+  const int first = Aligned ? 0 : -misalignment(grad) / static_cast<int>(sizeof(T));
+  const int shift = Aligned ? 0 : misalignment(row + first);
   const int64_t target = args.targets[row_index];
   const bool ignored = target == args.ignore_index;
   const bool zeros = ignored && args.log_sum_exp_grad == nullptr;
+  const T zero = from_float<T>(0.0f);
+  Packed<T> packed[in_flight] = {};
+  int col = first + static_cast<int>(blockIdx.z * in_flight * step + threadIdx.x * N);
+  if (!zeros) load_realigned<Aligned>(row, {col, step, args.cols, shift}, packed, zero);
   const RowGradient found = zeros ? RowGradient{} : row_gradient(args, row_index, target);
   const int64_t target_col = target - args.vocab_start;
   const int hot_col = !ignored && is_class(target_col, args.cols) ? static_cast<int>(target_col)
                                                                   : args.cols + step * in_flight;
-  const int begin = first + static_cast<int>(blockIdx.z * in_flight * step + threadIdx.x * N);
-  for (int col = begin; col < args.cols; col += gridDim.z * in_flight * step) {
-    Packed<T> packed[in_flight] = {};
-    if (!zeros) load_realigned(row, {col, step, args.cols, shift}, packed);
+  const int tile = static_cast<int>(gridDim.z) * in_flight * step;
+  while (col < args.cols) {
 #pragma unroll
     for (int v = 0; v < in_flight; ++v) {
       const int at = col + v * step;
       if (!zeros) packed[v] = gradient_vector(packed[v], found, at, hot_col, args.softcap);
-      if (at < args.cols) store_inside(grad, at, args.cols, packed[v]);
+      if constexpr (Aligned) {
+        if (at < args.cols) *reinterpret_cast<Packed<T>*>(grad + at) = packed[v];
+      } else {
+        if (at < args.cols) store_inside(grad, at, args.cols, packed[v]);
+      }
     }
+    col += tile;
+    if (!zeros) load_realigned<Aligned>(row, {col, step, args.cols, shift}, packed, zero);
   }
 }
 
@@ -131,11 +156,13 @@ void run(const CrossEntropyGradient& args, Stream stream) {
           ceil_div(device.cols + vector_size<T>, int64_t{threads} * vector_size<T> * in_flight);
       const int64_t wanted =
           ceil_div(4 * int64_t{stream.usable_sms()}, std::max<int64_t>(device.rows, 1));
-      launch(gradient_kernel<T, threads>,
-             {.grid = row_grid(device.rows, std::min(pieces, wanted)),
-              .block = dim3(threads),
-              .stream = stream},
-             device);
+      visit_bool(is_aligned({&args.logits, &args.logits_grad}), [&]<bool aligned>() {
+        launch(gradient_kernel<T, threads, aligned>,
+               {.grid = row_grid(device.rows, std::min(pieces, wanted)),
+                .block = dim3(threads),
+                .stream = stream},
+               device);
+      });
     });
   });
 }

@@ -3,6 +3,7 @@
 
 #include "redline/core/dispatch.h"
 #include "redline/kernels/cross_entropy.h"
+#include "redline/kernels/cuda/device/nonlinearity.cuh"
 #include "redline/kernels/cuda/device/realign.cuh"
 #include "redline/kernels/cuda/launch.h"
 
@@ -55,12 +56,15 @@ Logits logits_of(const Args& args) {
 }
 
 // Threads of a block, by the vectors of a row alone: four per thread where the row has them.
+// Smaller blocks end at different times; rows above 65536 16-bit classes come in small numbers too.
 template <typename Visit>
 void visit_threads(int64_t vectors, Visit visit) {
   if (vectors <= 4 * 32) {
     visit.template operator()<32>();
   } else if (vectors <= 4 * 256) {
     visit.template operator()<128>();
+  } else if (vectors <= 8192) {
+    visit.template operator()<256>();
   } else {
     visit.template operator()<512>();
   }

@@ -1,5 +1,6 @@
 // loss = lse - x_target and its kin (kernels/cross_entropy.h). Statistics: a block per row reads it
-// once by 16-byte loads, four in flight per thread, each thread with a running maximum and sum.
+// once by 16-byte loads, each thread with a running maximum and sum, its next four vectors on their
+// way while four are added.
 // Rows may start at any address: any vocabulary runs this path. Bound by bytes; of the floor:
 // bench/results.
 #include "redline/kernels/cuda/cross_entropy/logits.cuh"
@@ -22,34 +23,34 @@ struct Running {
   float maximum, exponentials, sum;
 };
 
-// Adds the vectors; elements past the row's end, which a full tile has not, count as -inf.
-template <typename T, bool Full>
-__device__ __forceinline__ void add_vectors(const T* row, RowVectors at, float softcap,
-                                            Running& running) {
-  constexpr int N = vector_size<T>;
-  Packed<T> packed[in_flight];
-  load_realigned(row, at, packed);
-  float x[in_flight][N], maximum = running.maximum;
+// Adds vectors whose elements beyond the row hold -inf. A first pass finds the maximum, which a
+// softcap leaves where it is, so that the sum is rescaled once a tile and not once an element.
+template <typename T>
+__device__ __forceinline__ void add_vectors(const Packed<T> (&packed)[in_flight], RowVectors at,
+                                            const StatisticsArgs& args, Running& running) {
+  constexpr int N = vector_size<T>, count = in_flight * N;
+  if (at.col >= at.cols) return;
+  const auto raw = [&](int k) { return to_float(packed[k / N].values[k % N]); };
+  float maximum = raw(0);
 #pragma unroll
-  for (int v = 0; v < in_flight; ++v) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      x[v][i] = capped(to_float(packed[v].values[i]), softcap);
-      const bool inside = Full || at.col + v * at.step + i < at.cols;
-      if (inside) running.sum += x[v][i];
-      if (!inside) x[v][i] = negative_infinity();
-      maximum = fmaxf(maximum, x[v][i]);
-    }
-  }
+  for (int k = 1; k < count; ++k) maximum = fmaxf(maximum, raw(k));
+  maximum = fmaxf(running.maximum, capped(maximum, args.softcap));
   if (maximum > running.maximum) {
-    running.exponentials *= __expf(running.maximum - maximum);
+    running.exponentials *= exponential<true>(running.maximum - maximum);
     running.maximum = maximum;
   }
   const float origin = maximum == negative_infinity() ? 0.0f : maximum;
+  if (args.softcap == 0.0f && args.width == 3) {
 #pragma unroll
-  for (int v = 0; v < in_flight; ++v) {
+    for (int k = 0; k < count; ++k) running.exponentials += exponential<true>(raw(k) - origin);
+    return;
+  }
 #pragma unroll
-    for (int i = 0; i < N; ++i) running.exponentials += __expf(x[v][i] - origin);
+  for (int k = 0; k < count; ++k) {
+    if (at.col + k / N * at.step + k % N >= at.cols) continue;
+    const float x = capped(raw(k), args.softcap);
+    running.sum += x;
+    running.exponentials += exponential<true>(x - origin);
   }
 }
 
@@ -66,10 +67,10 @@ __device__ __forceinline__ float block_max(float value, float* scratch) {
   return value;
 }
 
-template <typename T, int Threads>
+template <typename T, int Threads, bool Aligned>
 __global__ void __launch_bounds__(Threads, 1024 / Threads)
     statistics_kernel(const StatisticsArgs args) {
-  constexpr int step = Threads * vector_size<T>;
+  constexpr int N = vector_size<T>, step = Threads * N;
   __shared__ float max_scratch[32], sum_scratch[2 * 32];
   const int64_t row_index = block_row();
   if (row_index >= args.rows) return;
@@ -80,21 +81,29 @@ __global__ void __launch_bounds__(Threads, 1024 / Threads)
     return;
   }
   const T* row = static_cast<const T*>(args.data) + row_index * args.stride;
-  const int shift = misalignment(row);
+  const T outside = from_float<T>(negative_infinity());
+  RowVectors at = {static_cast<int>(threadIdx.x) * N, step, args.cols,
+                   Aligned ? 0 : misalignment(row)};
   Running running = {negative_infinity(), 0.0f, 0.0f};
-  int base = 0;
-  for (; base + in_flight * step <= args.cols; base += in_flight * step) {
-    const int col = base + static_cast<int>(threadIdx.x) * vector_size<T>;
-    add_vectors<T, true>(row, {col, step, args.cols, shift}, args.softcap, running);
-  }
-  if (base < args.cols) {
-    const int col = base + static_cast<int>(threadIdx.x) * vector_size<T>;
-    add_vectors<T, false>(row, {col, step, args.cols, shift}, args.softcap, running);
+  Packed<T> packed[in_flight], next[in_flight];
+  load_realigned<Aligned>(row, at, packed, outside);
+  for (int base = 0; base < args.cols; base += in_flight * step) {
+    RowVectors following = at;
+    following.col += in_flight * step;
+    if (Aligned) load_realigned<Aligned>(row, following, next, outside);
+    add_vectors(packed, at, args, running);
+    at = following;
+    if constexpr (Aligned) {
+#pragma unroll
+      for (int v = 0; v < in_flight; ++v) packed[v] = next[v];
+    } else {  // no registers for two tiles besides what is shifted
+      load_realigned<Aligned>(row, at, packed, outside);
+    }
   }
 
   const float maximum = block_max<Threads>(running.maximum, max_scratch);
   const float origin = maximum == negative_infinity() ? 0.0f : maximum;
-  float sums[2] = {running.exponentials * __expf(running.maximum - origin), running.sum};
+  float sums[2] = {running.exponentials * exponential<true>(running.maximum - origin), running.sum};
   block_sum<Threads>(sums, sum_scratch);
   if (threadIdx.x != 0) return;
   const int64_t target_col = target - args.vocab_start;
@@ -178,8 +187,10 @@ void run(const CrossEntropyStatistics& args, Stream stream) {
   visit_dtype<float, bfloat16, float16>("cross_entropy", args.logits.dtype, [&]<typename Host>() {
     using T = device_type<Host>;
     visit_threads(ceil_div(device.cols, vector_size<T>), [&]<int threads>() {
-      launch(statistics_kernel<T, threads>,
-             {.grid = row_grid(device.rows), .block = dim3(threads), .stream = stream}, device);
+      visit_bool(is_aligned({&args.logits}), [&]<bool aligned>() {
+        launch(statistics_kernel<T, threads, aligned>,
+               {.grid = row_grid(device.rows), .block = dim3(threads), .stream = stream}, device);
+      });
     });
   });
 }

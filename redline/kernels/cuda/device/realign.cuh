@@ -29,10 +29,11 @@ __device__ __forceinline__ uint4 shift_bytes(uint4 low, uint4 high, int shift) {
           __funnelshift_r(words[2], words[3], bits), __funnelshift_r(words[3], words[4], bits)};
 }
 
-// Elements [col, col + N) of a row of `cols`, zeros outside it (col may be negative); `shift` is
+// Elements [col, col + N) of a row of `cols`, `outside` beyond it (col may be negative); `shift` is
 // the misalignment of row + col. No byte outside the row is read.
 template <typename T>
-__device__ __forceinline__ Packed<T> load_realigned(const T* row, int col, int cols, int shift) {
+__device__ __forceinline__ Packed<T> load_realigned(const T* row, int col, int cols, int shift,
+                                                    T outside) {
   constexpr int N = vector_size<T>;
   Packed<T> result;
   if (shift == 0 && col >= 0 && col + N <= cols) {
@@ -46,7 +47,7 @@ __device__ __forceinline__ Packed<T> load_realigned(const T* row, int col, int c
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const bool inside = col + i >= 0 && col + i < cols;
-      result.values[i] = inside ? row[col + i] : from_float<T>(0.0f);
+      result.values[i] = inside ? row[col + i] : outside;
     }
   }
   return result;
@@ -58,12 +59,24 @@ struct RowVectors {
 };
 
 // Count of them; loads come before the first shift, so that all of them are in flight together.
-template <typename T, int Count>
+// Aligned: shift is 0 and the row holds whole vectors, known to the compiler.
+template <bool Aligned, typename T, int Count>
 __device__ __forceinline__ void load_realigned(const T* row, RowVectors at,
-                                               Packed<T> (&result)[Count]) {
+                                               Packed<T> (&result)[Count], T outside) {
   constexpr int N = vector_size<T>;
   const int last = at.col + (Count - 1) * at.step;
-  if (at.shift != 0 && at.col >= N && last + 2 * N <= at.cols) {
+  if constexpr (Aligned) {
+#pragma unroll
+    for (int v = 0; v < Count; ++v) {
+      const int col = at.col + v * at.step;
+      if (col < at.cols) {
+        result[v] = *reinterpret_cast<const Packed<T>*>(row + col);
+      } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i) result[v].values[i] = outside;
+      }
+    }
+  } else if (at.shift != 0 && at.col >= N && last + 2 * N <= at.cols) {
     const char* from = reinterpret_cast<const char*>(row + at.col) - at.shift;
     uint4 low[Count], high[Count];
 #pragma unroll
@@ -79,7 +92,7 @@ __device__ __forceinline__ void load_realigned(const T* row, RowVectors at,
   } else {
 #pragma unroll
     for (int v = 0; v < Count; ++v) {
-      result[v] = load_realigned(row, at.col + v * at.step, at.cols, at.shift);
+      result[v] = load_realigned(row, at.col + v * at.step, at.cols, at.shift, outside);
     }
   }
 }
