@@ -33,8 +33,8 @@ struct NormForward {
 // With xh = (x - m) * r and g = y_grad * w:
 //   x_grad = r * (g - xh * mean(g * xh) [- mean(g), layer]) [+ sum_grad, with a residual]
 //   weight_grad = sum over rows of y_grad * xh, bias_grad = sum over rows of y_grad
-// The sums over rows go through `weight_partial` and `bias_partial`: chunk k holds the rows
-// [k, k + 1) * ceil(rows / chunks), and the chunks are added in index order.
+// The sums over rows go through `weight_partial` and `bias_partial`: the shape fixes which rows a
+// chunk holds and in which order, and the chunks are added in index order.
 struct NormBackward {
   Norm norm = Norm::rms;
   TensorView y_grad;          // [rows, cols], x's dtype
@@ -67,12 +67,13 @@ void finish(const NormBackward&, Range cols);
 void run(const NormForward&, Stream);
 void run(const NormBackward&, Stream);
 
-// How many chunks the rows fall into: a function of the shape alone.
+// How many chunks the rows fall into: a function of shape and dtypes (and of the GPU's generation:
+// from compute capability 9.0 on, long rows are shared by a cluster of blocks).
 namespace cpu {
 int64_t norm_chunks(int64_t rows, int64_t cols);
 }
 namespace cuda {
-int64_t norm_chunks(int64_t rows, int64_t cols);
+int64_t norm_chunks(DType y_grad, int64_t rows, int64_t cols, int capability);
 }
 
 }  // namespace redline

@@ -87,9 +87,12 @@ struct BackwardInputs {
   bool zero_centered, needs_weight, needs_bias;
 };
 
-int64_t chunk_count(const Tensor& x, const TensorView& rows) {
+int64_t chunk_count(const Tensor& y_grad, const TensorView& rows) {
   if constexpr (with_cuda) {
-    if (x.is_cuda()) return cuda::norm_chunks(rows.sizes[0], rows.sizes[1]);
+    if (y_grad.is_cuda()) {
+      return cuda::norm_chunks(rows.dtype, rows.sizes[0], rows.sizes[1],
+                               stream_of(y_grad).capability);
+    }
   }
   return cpu::norm_chunks(rows.sizes[0], rows.sizes[1]);
 }
@@ -111,7 +114,7 @@ Gradients backward(const Tensor& y_grad, const Tensor& x, const BackwardInputs& 
   if (x.is_meta()) return out;
   const Tensor x_rows = with_rows(x), y_grad_rows = with_rows(y_grad);
   const OptionalTensor weight = contiguous(in.weight), sum_grad = with_rows(in.sum_grad);
-  const int64_t chunks = chunk_count(x, view_rows(x_rows));
+  const int64_t chunks = chunk_count(y_grad, view_rows(y_grad_rows));
   const Tensor weight_partial = partial_sums(x, chunks, in.needs_weight);
   const Tensor bias_partial = partial_sums(x, chunks, in.needs_bias);
   const NormBackward args{.norm = in.norm,

@@ -50,7 +50,8 @@ struct Forward : Common {
 
 template <typename T, typename Function>
 struct Backward : Common {
-  static constexpr int size = vector_size<T>, in_flight = 1, sums = 1;
+  static constexpr int size = vector_size<T>, in_flight = 1;
+  static constexpr int sums = 1, rows_in_flight = 4;
   struct Input {
     Packed<T> x, y_grad;
   };

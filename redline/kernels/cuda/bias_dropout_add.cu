@@ -93,7 +93,8 @@ __global__ void state_kernel(const Forward<T, R> op) {
 // R: what y_grad holds.
 template <typename T, typename R>
 struct Backward {
-  static constexpr int size = vector_size<T>, in_flight = 2, sums = 1;
+  static constexpr int size = vector_size<T>, in_flight = 2;
+  static constexpr int sums = 1, rows_in_flight = 4;
   using Input = Packed<R, size>;
   Extent extent;
   Dropout dropout;

@@ -2,12 +2,12 @@
 // cross a row. An `Op` says what happens to a vector:
 //   Input load(Place<A>)        starts the loads of one vector, no conversion behind them
 //   void run(Place<A>, Input)   computes and stores it
-// and, for column sums, run() takes a float [sums][N] more and adds what it sums to it.
+// and, for column sums, run() takes a float [sums][N] more and adds what it sums to it; a thread
+// has `rows_in_flight` rows' loads under way.
 // The thread that has a vector does not depend on where tensors lie; sums are in fixed order.
 #pragma once
 
 #include "redline/core/dispatch.h"
-#include "redline/kernels/column_sums.h"
 #include "redline/kernels/cuda/device/divisor.cuh"
 #include "redline/kernels/cuda/device/vector.cuh"
 #include "redline/kernels/cuda/launch.h"
@@ -126,7 +126,7 @@ void launch_elements(const Op& op, bool aligned, Stream stream) {
 }
 
 // A block has 32 vectors of columns and the rows of a chunk, which eight warps take in turn, the
-// next row's loads in flight.
+// loads of several rows in flight.
 constexpr int column_warps = 8;
 
 template <typename Op>
@@ -156,20 +156,23 @@ __device__ __forceinline__ void store_column_sums(const Op& op, float* partial,
 template <typename Op, bool Aligned>
 __global__ void __launch_bounds__(32 * column_warps)
     column_kernel(const Op op, float* partial, int64_t rows_per_chunk) {
+  constexpr int U = Aligned ? Op::rows_in_flight : 1;
+  allow_next_launch();
   const int col = static_cast<int>(blockIdx.x * 32 + threadIdx.x) * Op::size;
   const int64_t begin = blockIdx.y * rows_per_chunk;
   const int64_t end = min(op.extent.rows, begin + rows_per_chunk);
   float sums[Op::sums][Op::size] = {};
   if (col < op.extent.cols) {
+    const auto place = [&](int64_t row) { return Place<Aligned>{row, col, op.extent.cols}; };
     int64_t row = begin + threadIdx.y;
-    typename Op::Input current, next;
-    if (row < end) current = op.load(Place<Aligned>{row, col, op.extent.cols});
-    for (; row < end; row += column_warps) {
-      const int64_t following = row + column_warps;
-      if (following < end) next = op.load(Place<Aligned>{following, col, op.extent.cols});
-      op.run(Place<Aligned>{row, col, op.extent.cols}, current, sums);
-      current = next;
+    for (; row + (U - 1) * column_warps < end; row += U * column_warps) {
+      typename Op::Input in[U];
+#pragma unroll
+      for (int u = 0; u < U; ++u) in[u] = op.load(place(row + u * column_warps));
+#pragma unroll
+      for (int u = 0; u < U; ++u) op.run(place(row + u * column_warps), in[u], sums);
     }
+    for (; row < end; row += column_warps) op.run(place(row), op.load(place(row)), sums);
   }
   store_column_sums(op, partial, sums, col);
 }
@@ -185,7 +188,7 @@ void launch_columns(const Op& op, const ColumnSums& sums, bool aligned, Stream s
             .stream = stream},
            op, sums.partial.template as<float>(), ceil_div(op.extent.rows, chunks));
   });
-  sum_chunks(sums.partial, sums.total, stream);
+  sum_chunks(sums, {}, stream);
 }
 
 }  // namespace

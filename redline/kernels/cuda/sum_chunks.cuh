@@ -1,23 +1,36 @@
 // Second phase of a sum over rows: [chunks, cols] partial sums to [cols], in index order.
 #pragma once
 
+#include <utility>
+
 #include "redline/core/dispatch.h"
+#include "redline/kernels/column_sums.h"
 #include "redline/kernels/cuda/device/convert.cuh"
+#include "redline/kernels/cuda/device/dependent_launch.cuh"
 #include "redline/kernels/cuda/launch.h"
 
 namespace redline::cuda {
 namespace {
 
-// 32 columns by 32 threads: thread y adds chunks y, y + 32, ...; then the 32 sums are added in
-// order. Bound by the latency of its loads: four are in flight.
 template <typename T>
+struct ChunkSum {
+  const float* partial;
+  T* sums;
+};
+
+// 32 columns by 32 threads: thread y adds chunks y, y + 32, ..., whose loads are in flight
+// together; then the 32 sums are added in order. Launched while the first phase ends: it waits for
+// that.
+template <typename T, typename U>
 __global__ void __launch_bounds__(1024)
-    sum_chunks_kernel(const float* partial, T* sums, int64_t chunks, int64_t cols) {
+    sum_chunks_kernel(ChunkSum<T> first, ChunkSum<U> second, int64_t chunks, int64_t cols) {
   __shared__ float scratch[32][33];
   const int64_t col = int64_t{blockIdx.x} * 32 + threadIdx.x;
+  const float* partial = blockIdx.y == 0 ? first.partial : second.partial;
   float total = 0.0f;
+  wait_for_previous_launch();
   if (col < cols) {
-#pragma unroll 4
+#pragma unroll 8
     for (int64_t chunk = threadIdx.y; chunk < chunks; chunk += 32) {
       total += partial[chunk * cols + col];
     }
@@ -28,16 +41,34 @@ __global__ void __launch_bounds__(1024)
   total = 0.0f;
 #pragma unroll
   for (int y = 0; y < 32; ++y) total += scratch[y][threadIdx.x];
-  sums[col] = from_float<T>(total);
+  if (blockIdx.y == 0) {
+    first.sums[col] = from_float<T>(total);
+  } else {
+    second.sums[col] = from_float<U>(total);
+  }
 }
 
-// partial: [chunks, cols] float32, contiguous; sums: [cols], rounded once.
-inline void sum_chunks(const TensorView& partial, const TensorView& sums, Stream stream) {
-  const int64_t cols = partial.sizes[1];
-  visit_dtype<float, bfloat16, float16>("sum_chunks", sums.dtype, [&]<typename T>() {
-    launch(sum_chunks_kernel<device_type<T>>,
-           {.grid = dim3(ceil_div(cols, 32)), .block = dim3(32, 32), .stream = stream},
-           partial.as<const float>(), sums.as<device_type<T>>(), partial.sizes[0], cols);
+// `total`: [cols], rounded once, of `partial`: [chunks, cols] float32, contiguous; absent ones are
+// left out. The launch before it on the stream is the one that writes `partial`.
+inline void sum_chunks(ColumnSums first, ColumnSums second, Stream stream) {
+  if (!first.total) std::swap(first, second);
+  if (!first.total) return;
+  const int64_t chunks = first.partial.sizes[0], cols = first.partial.sizes[1];
+  const bool both = static_cast<bool>(second.total);
+  if (!both) second = first;
+  visit_dtype<float, bfloat16, float16>("sum_chunks", first.total.dtype, [&]<typename T>() {
+    visit_dtype<float, bfloat16, float16>("sum_chunks", second.total.dtype, [&]<typename U>() {
+      launch(sum_chunks_kernel<device_type<T>, device_type<U>>,
+             {.grid = dim3(ceil_div(cols, 32), both ? 2 : 1),
+              .block = dim3(32, 32),
+              .overlap_previous = stream.capability >= 90,
+              .stream = stream},
+             ChunkSum<device_type<T>>{first.partial.as<const float>(),
+                                      first.total.as<device_type<T>>()},
+             ChunkSum<device_type<U>>{second.partial.as<const float>(),
+                                      second.total.as<device_type<U>>()},
+             chunks, cols);
+    });
   });
 }
 

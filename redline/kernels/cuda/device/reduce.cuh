@@ -3,10 +3,11 @@
 
 namespace redline::cuda {
 
-// Every lane gets the sum: the butterfly adds the same pairs in every lane.
+// Every lane gets the sum over its Lanes neighbours: the butterfly adds the same pairs in each.
+template <int Lanes = 32>
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
+  for (int offset = Lanes / 2; offset > 0; offset /= 2) {
     value += __shfl_xor_sync(0xffffffffu, value, offset);
   }
   return value;

@@ -115,6 +115,20 @@ __device__ __forceinline__ void store_vectors(T* row, Columns<Aligned> at,
   }
 }
 
+// Forgets the float32 values of 16-bit vectors: the compiler would rather hold them, in twice the
+// registers, than widen them again.
+template <typename T, int N, int V>
+__device__ __forceinline__ void forget_wide(Packed<T, N> (&packed)[V]) {
+  if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      auto& words = reinterpret_cast<uint32_t(&)[N / 2]>(packed[v]);
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) asm volatile("" : "+r"(words[i]));
+    }
+  }
+}
+
 // A row that holds T or float32: a weight beside 16-bit data, a float32 residual.
 struct MixedRow {
   const void* data;

@@ -11,7 +11,8 @@ namespace {
 
 template <typename T, typename Kind>
 struct Backward : Common {
-  static constexpr int size = vector_size<T>, in_flight = 1, sums = 2;
+  static constexpr int size = vector_size<T>, in_flight = 1;
+  static constexpr int sums = 2, rows_in_flight = 2;
   struct Input {
     Packed<T> gate, linear, y_grad;
   };

@@ -1,336 +1,327 @@
-// x_grad, weight_grad and bias_grad of norm (kernels/norm.h). A fixed number of blocks walk over
-// the rows of their chunks, the next two rows' loads in flight; the weight and its gradient stay in
-// registers until the chunk ends; a second launch adds the chunks in order. Bound by bytes; of the
-// floor: bench/results.
+// Over budget: parameters: what a block keeps in registers, beside its arguments.
+//
+// x_grad, weight_grad and bias_grad of norm (kernels/norm.h). One block a multiprocessor; its
+// groups of threads take rows in turn, the loads of the next rows in flight through shared memory,
+// from which a row is read twice: for the sums over it and for x_grad. Registers hold the group's
+// part of the weight's gradient until the rows end; a second launch adds the blocks' parts in
+// order. Bound by bytes; of the floor: bench/results.
 #include "redline/kernels/cuda/device/row_ring.cuh"
-#include "redline/kernels/cuda/norm/row.cuh"
+#include "redline/kernels/cuda/norm/long_backward.cuh"
 #include "redline/kernels/cuda/sum_chunks.cuh"
 
 namespace redline {
 namespace cuda {
 namespace {
 
-// Threads that share a row and 16-byte vectors that each of them holds. Registers, 128 a thread:
-// one float per element for the weight, each parameter's sum, g and xh.
-template <int Threads, int Vectors>
+constexpr int most_threads = 1024;           // of a block: 64 registers a thread
+constexpr int most_groups = 15;              // of whole warps: a named barrier each
+constexpr int shared_limit = 219 * 1024;     // of a block's 227 on sm_90, without its arrays
+constexpr int shared_limit_80 = 155 * 1024;  // of 163 on sm_80
+
+// Lanes: threads of a row within a warp, or 0: whole warps of a block, of each of Cluster blocks. A
+// thread has one vector of the row: two of them for rms, whose sums are half of layer's, ran at
+// 0.88 of a copy where layer with one ran at 0.93 (H100, 16384 x 4096 bfloat16).
+template <int Lanes, int Cluster = 1>
 struct Tile {
-  static constexpr int threads = Threads, vectors = Vectors;
-  static constexpr int rows = Threads == 32 ? 4 : 1;  // rows in flight in a block, a warp each
-  static constexpr int block_threads = Threads * rows;
-  static constexpr int blocks_per_sm = 512 / block_threads;
+  static constexpr int lanes = Lanes, cluster = Cluster;
 };
 
-struct Backward : Common {
-  Matrix y_grad, sum_grad, x_grad;
-  float* weight_partial;
-  float* bias_partial;
-  int64_t chunks;
+// A thread's pieces of a row in the ring, by the first of each tensor's.
+template <typename Form>
+struct RowPieces {
+  using T = typename Form::T;
+  using X = typename Form::X;
+  static constexpr int N = vector_size<T>, x_size = sizeof(Packed<X, N>) / 16;
+  static constexpr int x = 0, y_grad = x_size, sum_grad = x_size + 1;
+
+  static constexpr int count(bool has_sum_grad) { return sum_grad + (has_sum_grad ? x_size : 0); }
 };
 
-template <typename S>
-__device__ __forceinline__ S* row_at(const Matrix& of, int64_t row) {
-  return static_cast<S*>(of.data) + row * of.stride;
+template <typename Form>
+__device__ __forceinline__ void request_row(const Backward& args, RowRing& ring, int64_t row,
+                                            bool any, int col) {
+  using Pieces = RowPieces<Form>;
+  using T = typename Form::T;
+  using X = typename Form::X;
+  constexpr int N = vector_size<T>;
+  constexpr bool Aligned = Form::aligned;
+  const int left = args.cols - col;
+  if (any && left > 0) {
+    ring.request<Aligned, X, N>(Pieces::x, row_at<const X>(args.x, row) + col, left);
+    ring.request<Aligned, T, N>(Pieces::y_grad, row_at<const T>(args.y_grad, row) + col, left);
+    if (args.sum_grad.data != nullptr) {
+      ring.request<Aligned, X, N>(Pieces::sum_grad, row_at<const X>(args.sum_grad, row) + col,
+                                  left);
+    }
+  }
+  ring.commit();
 }
 
-template <typename T, typename X, int V, bool Aligned>
-__device__ __forceinline__ void load_row(const Backward& args, int64_t row, Columns<Aligned> at,
-                                         RowPair<X, T, V>& out) {
-  load_vectors(row_at<const X>(args.x, row), at, out.x);
-  load_vectors(row_at<const T>(args.y_grad, row), at, out.y);
-}
-
-// The rows of a chunk in turn: through a ring where 16-byte accesses are legal.
-template <typename T, typename X, typename Tile, bool Aligned>
-struct Feed {
-  using Ring = RowRing<X, T, Tile::vectors, Tile::block_threads>;
-  static constexpr int shared_bytes = Ring::shared_bytes;
-  Ring ring;
-
-  __device__ __forceinline__ Feed(void* shared) : ring(shared) {}
-  __device__ __forceinline__ void request(const Backward& args, int64_t row, int64_t end,
-                                          Columns<true> at) {
-    const bool any = row < end;
-    ring.request(any ? row_at<const X>(args.x, row) : nullptr,
-                 any ? row_at<const T>(args.y_grad, row) : nullptr, at);
-  }
-  __device__ __forceinline__ void receive(const Backward&, int64_t, Columns<true> at,
-                                          RowPair<X, T, Tile::vectors>& out) {
-    ring.receive(out, at);
-  }
-};
-
-template <typename T, typename X, typename Tile>
-struct Feed<T, X, Tile, false> {
-  static constexpr int shared_bytes = 0;
-  __device__ __forceinline__ Feed(void*) {}
-  __device__ __forceinline__ void request(const Backward&, int64_t, int64_t, Columns<false>) {}
-  __device__ __forceinline__ void receive(const Backward& args, int64_t row, Columns<false> at,
-                                          RowPair<X, T, Tile::vectors>& out) {
-    load_row(args, row, at, out);
-  }
-};
-
-// r, mean(g) and mean(g * xh) of a row, with g = y_grad * w and xh = (x - mean) * r.
-struct RowMeans {
-  float inverse_std, gradient, product;
-};
-
-struct RowStatistics {
-  float mean, inverse_std;
-};
-
-template <bool Layer>
-__device__ __forceinline__ RowStatistics statistics_of(const Backward& args, int64_t row) {
-  return {Layer ? args.mean[row] : 0.0f, args.inverse_std[row]};
-}
-
-// g and xh of a row; the products that the sums over rows take on the way.
-template <typename T, bool Layer, int V>
-struct RowTerms {
+// The weight as float32 in shared memory, where all groups of the block read it: [N / 4][threads]
+// quadruples.
+template <typename T>
+struct WeightTable {
   static constexpr int N = vector_size<T>;
-  float g[V][N], normalized[V][N];
+  float4* memory;
+  int threads, thread;
 
-  template <typename X, typename Visit>
-  __device__ __forceinline__ void compute(const float (&weight)[V][N], RowStatistics of,
-                                          const RowPair<X, T, V>& in, Visit visit) {
+  template <bool Aligned>
+  __device__ __forceinline__ void fill(const Backward& args, Columns<Aligned> at) const {
+    float w[1][N];
+    load_weight<T>(args, at, w);
 #pragma unroll
-    for (int k = 0; k < V * N; ++k) {
-      const int v = k / N, i = k % N;
-      const float y_grad = to_float(in.y[v].values[i]);  // zero past the row's end
-      normalized[v][i] = (to_float(in.x[v].values[i]) - of.mean) * of.inverse_std;
-      g[v][i] = weight[v][i] * y_grad;
-      visit(v, i, y_grad, y_grad * normalized[v][i]);
+    for (int k = 0; k < N; k += 4) {
+      memory[k / 4 * threads + thread] =
+          make_float4(w[0][k], w[0][k + 1], w[0][k + 2], w[0][k + 3]);
+    }
+  }
+  // The weight of element i, a constant: one load for four of them, held no longer than they need.
+  __device__ __forceinline__ float at(int i) const {
+    return reinterpret_cast<const float*>(memory + i / 4 * threads + thread)[i % 4];
+  }
+};
+
+// A thread's part of one row, in the ring: both passes over it.
+template <typename Form>
+struct RowTerms {
+  using T = typename Form::T;
+  using X = typename Form::X;
+  using Pieces = RowPieces<Form>;
+  static constexpr int N = vector_size<T>;
+  static constexpr bool Layer = Form::layer;
+  const RowRing& ring;
+  const WeightTable<T>& weight;
+  int slot;
+  RowStatistics of;
+
+  // Of a thread whose vector lies in the row; the ring holds nothing for the others.
+  __device__ __forceinline__ void load(float (&y_grad)[N], float (&normalized)[N]) const {
+    const Packed<X, N> x = ring.read<X, N>(slot, Pieces::x);
+    const Packed<T, N> upstream = ring.read<T, N>(slot, Pieces::y_grad);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      y_grad[i] = to_float(upstream.values[i]);
+      normalized[i] = (to_float(x.values[i]) - of.mean) * of.inverse_std;
     }
   }
 
-  // Adds g * xh and g.
-  __device__ __forceinline__ void add_to(float (&sums)[Layer ? 2 : 1]) const {
+  // Adds to the sums over this row, g * xh and g, and to those over rows, y_grad * xh and y_grad.
+  __device__ __forceinline__ void sum(float (&sums)[Layer ? 2 : 1], float (&weight_sums)[N],
+                                      float (&bias_sums)[N]) const {
+    float y_grad[N], normalized[N];
+    load(y_grad, normalized);
 #pragma unroll
-    for (int k = 0; k < V * N; ++k) {
-      sums[0] += g[k / N][k % N] * normalized[k / N][k % N];
-      if constexpr (Layer) sums[1] += g[k / N][k % N];
+    for (int i = 0; i < N; ++i) {
+      const float g = weight.at(i) * y_grad[i];
+      weight_sums[i] += y_grad[i] * normalized[i];
+      sums[0] += g * normalized[i];
+      if constexpr (Layer) {
+        bias_sums[i] += y_grad[i];
+        sums[1] += g;
+      }
     }
   }
 
   // x_grad; the residual's gradient joins before the rounding.
-  template <typename X, bool Aligned>
-  __device__ __forceinline__ void store_x_grad(const Backward& args, int64_t row,
-                                               Columns<Aligned> at, RowMeans means,
-                                               const Packed<X, N> (&sum_grad)[V]) {
+  __device__ __forceinline__ void store(const Backward& args, int64_t index,
+                                        Columns<Form::aligned> at, RowMeans means) const {
+    float y_grad[N], normalized[N], out[1][N];
+    load(y_grad, normalized);
 #pragma unroll
-    for (int k = 0; k < V * N; ++k) {
-      float& value = g[k / N][k % N];
-      value -= normalized[k / N][k % N] * means.product;
-      if constexpr (Layer) value -= means.gradient;
-      value *= means.inverse_std;
-      if (args.sum_grad.data != nullptr) value += to_float(sum_grad[k / N].values[k % N]);
+    for (int i = 0; i < N; ++i) {
+      float g = weight.at(i) * y_grad[i] - normalized[i] * means.product;
+      if constexpr (Layer) g -= means.gradient;
+      out[0][i] = g * means.inverse_std;
     }
-    store_vectors(row_at<X>(args.x_grad, row), at, g);
+    if (args.sum_grad.data != nullptr) {
+      const Packed<X, N> sum_grad = ring.read<X, N>(slot, Pieces::sum_grad);
+#pragma unroll
+      for (int i = 0; i < N; ++i) out[0][i] += to_float(sum_grad.values[i]);
+    }
+    store_vectors(row_at<X>(args.x_grad, index), at, out);
   }
 };
 
-template <bool Layer>
-__device__ __forceinline__ RowMeans means_of(const float (&sums)[Layer ? 2 : 1], int cols,
-                                             float inverse_std) {
-  const float count = static_cast<float>(cols);
-  return {inverse_std, Layer ? sums[Layer ? 1 : 0] / count : 0.0f, sums[0] / count};
+// The block's sums, group after group, into its chunk's row of `partial`. `exchange` is the ring's
+// memory, which nothing is on its way to any more.
+template <int N, bool Aligned>
+__device__ __forceinline__ void store_partial(float* partial, const Backward& args, int64_t chunk,
+                                              const float (&sums)[N], Columns<Aligned> at,
+                                              float* exchange) {
+  if (partial == nullptr) return;
+  const int width = at.step, group = static_cast<int>(threadIdx.x) * N / width;
+  const int place = static_cast<int>(threadIdx.x) * N % width;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < N; i += 4) {
+    *reinterpret_cast<float4*>(exchange + group * width + place + i) =
+        make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]);
+  }
+  __syncthreads();
+  const int first = at.col - place;  // this block's first column
+  float* row = partial + chunk * args.cols + first;
+  for (int col = threadIdx.x; col < min(width, args.cols - first); col += blockDim.x) {
+    float total = 0.0f;
+    for (int g = 0; g < args.layout.groups; ++g) total += exchange[g * width + col];
+    row[col] = total;
+  }
 }
 
-// The chunk's sums, warp after warp where each warp held rows of its own.
-template <typename Tile, int V, int N>
-__device__ __forceinline__ void store_partial(float* partial, const Backward& args, int thread,
-                                              const float (&sums)[V][N], float* exchange) {
-  if (partial == nullptr) return;
-  float* row = partial + blockIdx.x * args.cols;
-  const int own = threadIdx.x / Tile::threads;
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    const int col = (v * Tile::threads + thread) * N;
-    float total[N];
-    if constexpr (Tile::rows > 1) {
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < N; ++i) exchange[(own * N + i) * Tile::threads + thread] = sums[v][i];
-      __syncthreads();
-      if (own != 0) continue;
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        total[i] = 0.0f;
-        for (int r = 0; r < Tile::rows; ++r) {
-          total[i] += exchange[(r * N + i) * Tile::threads + thread];
-        }
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < N; ++i) total[i] = sums[v][i];
-    }
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (col + i < args.cols) row[col + i] = total[i];
-    }
-  }
+// How many of the rows row, row + stride, ... lie below `end`.
+__device__ __forceinline__ int rows_from(int64_t row, int64_t end, int64_t stride) {
+  return row < end ? static_cast<int>((end - row - 1) / stride) + 1 : 0;
 }
 
 template <typename Form, typename Tile>
-__global__ void __launch_bounds__(Tile::block_threads, Tile::blocks_per_sm)
-    backward_kernel(const Backward args) {
+__global__ void __launch_bounds__(most_threads, 1) backward_kernel(const Backward args) {
   using T = typename Form::T;
-  using X = typename Form::X;
-  constexpr bool Layer = Form::layer, Aligned = Form::aligned;
-  constexpr int V = Tile::vectors, N = vector_size<T>, step = Tile::threads * N, R = Tile::rows;
+  using Group = RowGroup<Tile::lanes, Tile::cluster>;
+  constexpr bool Layer = Form::layer;
+  constexpr int N = vector_size<T>, sum_count = Layer ? 2 : 1;
   extern __shared__ int4 ring_memory[];
-  __shared__ float scratch[2][64];
-  __shared__ float exchange[R > 1 ? Tile::block_threads * N : 1];
-  const int thread = threadIdx.x % Tile::threads;
-  const Columns<Aligned> at = {thread * N, step, args.cols};
-  const int64_t rows_per_chunk = (args.rows + args.chunks - 1) / args.chunks;
-  const int64_t begin = blockIdx.x * rows_per_chunk;
-  const int64_t end = min(args.rows, begin + rows_per_chunk);
-  const int64_t counted = min(end, counted_rows(args));
-  int64_t row = begin + threadIdx.x / Tile::threads;
+  __shared__ float scratch[2][2 * Group::post_count(32)];
+  __shared__ ByteBarrier arrived[2];  // across blocks: of either scratch
+  allow_next_launch();
+  if constexpr (Tile::cluster > 1) {
+    if (threadIdx.x < 2) arrived[threadIdx.x].init();
+    cluster_arrive();
+  }
+  const Layout& layout = args.layout;
+  const int threads = Tile::lanes == 0 ? layout.threads : Tile::lanes;
+  const int group = Tile::cluster > 1 ? 0 : static_cast<int>(threadIdx.x) / threads;
+  const int thread = static_cast<int>(threadIdx.x) - group * threads;
+  const int first = static_cast<int>(cluster_rank()) * threads + thread;  // of the row's vectors
+  const Columns<Form::aligned> at = {first * N, threads * N, args.cols};
+  const int groups = Tile::cluster > 1 ? 1 : layout.groups;
+  const int64_t stride = args.chunks * groups, chunk = blockIdx.x / Tile::cluster;
+  int64_t row = chunk * groups + group;
+  int left = rows_from(row, counted_rows(args), stride);  // of this group, from `row` on
 
-  Feed<T, X, Tile, Aligned> feed(ring_memory);
-  feed.request(args, row, counted, at);
-  feed.request(args, row + R, counted, at);
-  float weight[V][N], weight_sums[V][N] = {}, bias_sums[Layer ? V : 1][N] = {};
-  load_weight<T>(args, at, weight);
+  RowRing ring(ring_memory + group * layout.slots * layout.pieces * threads, layout.pieces, threads,
+               thread, layout.slots);
+  for (int k = 0; k < layout.slots; ++k) {
+    request_row<Form>(args, ring, row + k * stride, k < left, at.col);
+  }
+  const WeightTable<T> weight = {reinterpret_cast<float4*>(ring_memory) + layout.ring_bytes / 16,
+                                 threads, thread};
+  if (group == 0) weight.fill(args, at);
+  float weight_sums[N] = {}, bias_sums[N] = {}, sums[sum_count] = {};
   RowStatistics statistics = {};
-  if (row < counted) statistics = statistics_of<Layer>(args, row);
-  for (int turn = 0; row < counted; row += R, turn ^= 1) {
-    RowPair<X, T, V> in;
-    feed.receive(args, row, at, in);
-    feed.request(args, row + 2 * R, counted, at);
-    Packed<X, N> sum_grad[V] = {};
-    if (args.sum_grad.data != nullptr)
-      load_vectors(row_at<const X>(args.sum_grad, row), at, sum_grad);
-    RowTerms<T, Layer, V> terms;
-    terms.compute(weight, statistics, in, [&](int v, int i, float y_grad, float product) {
-      weight_sums[v][i] += product;
-      if constexpr (Layer) bias_sums[v][i] += y_grad;
-    });
-    const float inverse_std = statistics.inverse_std;
-    if (row + R < counted) statistics = statistics_of<Layer>(args, row + R);
-    float sums[Layer ? 2 : 1] = {};
-    terms.add_to(sums);
-    block_sum<Tile::threads>(sums, scratch[turn]);
-    terms.store_x_grad(args, row, at, means_of<Layer>(sums, args.cols, inverse_std), sum_grad);
-  }
-  for (; row < end; row += R) {
-    for (int v = 0; v < V; ++v) {
-      store_zeros<Aligned, T>(args.x_grad, row, at.col + v * step, args);
-    }
-  }
-  store_partial<Tile>(args.weight_partial, args, thread, weight_sums, exchange);
-  if constexpr (Layer) store_partial<Tile>(args.bias_partial, args, thread, bias_sums, exchange);
-}
-
-// Rows that outgrow the tiles: x_grad reads the row twice, the second time from L2.
-template <typename Form, int Threads>
-__global__ void __launch_bounds__(Threads) long_x_grad_kernel(const Backward args) {
-  using T = typename Form::T;
-  using X = typename Form::X;
-  constexpr bool Layer = Form::layer, Aligned = Form::aligned;
-  constexpr int N = vector_size<T>, step = Threads * N;
-  __shared__ float scratch[64];
-  const int64_t row = blockIdx.x;
-  const bool counted = row < counted_rows(args);
-  RowTerms<T, Layer, 1> terms;
-  const auto at = [&](int col) { return Columns<Aligned>{col, step, args.cols}; };
-  const RowStatistics statistics = statistics_of<Layer>(args, row);
-  const auto read = [&](int col) {
-    RowPair<X, T, 1> in;
-    float weight[1][N];
-    load_row(args, row, at(col), in);
-    load_weight<T>(args, at(col), weight);
-    terms.compute(weight, statistics, in, [](int, int, float, float) {});
+  if (left > 0) statistics = statistics_of<Layer>(args, row);
+  const Group sharing = {nullptr, thread / 32, threads / 32, groups > 1 ? group + 1 : 0};
+  __syncthreads();
+  if constexpr (Tile::cluster > 1) cluster_wait();
+  const auto sum_next = [&](RowStatistics of) {
+    ring.receive();
+    const RowTerms<Form> terms = {ring, weight, ring.last(), of};
+    if (at.col < at.cols) terms.sum(sums, weight_sums, bias_sums);
   };
-  float sums[Layer ? 2 : 1] = {};
-  for (int col = threadIdx.x * N; counted && col < args.cols; col += step) {
-    read(col);
-    terms.add_to(sums);
-  }
-  block_sum<Threads>(sums, scratch);
-  const RowMeans means = means_of<Layer>(sums, args.cols, statistics.inverse_std);
-  for (int col = threadIdx.x * N; col < args.cols; col += step) {
-    if (counted) {
-      read(col);
-      Packed<X, N> sum_grad[1] = {};
-      if (args.sum_grad.data != nullptr) {
-        load_vectors(row_at<const X>(args.sum_grad, row), at(col), sum_grad);
-      }
-      terms.store_x_grad(args, row, at(col), means, sum_grad);
-    } else {
-      store_zeros<Aligned, T>(args.x_grad, row, col, args);
+  if (left > 0) sum_next(statistics);
+  // The first pass over the next row stands between a row's sums and their use: no one waits.
+  for (int turn = 0; left > 0; row += stride, --left, turn = (turn + 1) % 4) {
+    float row_sums[sum_count];
+#pragma unroll
+    for (int k = 0; k < sum_count; ++k) {
+      row_sums[k] = sums[k];
+      sums[k] = 0.0f;
     }
+    const RowTerms<Form> terms = {ring, weight, ring.last(), statistics};
+    if (left > 1) statistics = statistics_of<Layer>(args, row + stride);
+    float* slots = scratch[turn % 2] + group * Group::post_count(threads / 32) * sum_count;
+    sharing.post(row_sums, slots, arrived + turn % 2);
+    if (left > 1) sum_next(statistics);
+    sharing.collect(row_sums, slots, arrived + turn % 2, turn / 2);
+    const RowMeans means = means_of<Layer>(row_sums, args.cols, terms.of.inverse_std);
+    if (at.col < at.cols) terms.store(args, row, at, means);
+    request_row<Form>(args, ring, row + layout.slots * stride, left > layout.slots, at.col);
   }
+  for (; row < args.rows; row += stride) {
+    if (at.col < at.cols) store_zeros<Form::aligned, T>(args.x_grad, row, at.col, args);
+  }
+  float* exchange = reinterpret_cast<float*>(ring_memory);
+  store_partial(args.weight_partial, args, chunk, weight_sums, at, exchange);
+  if constexpr (Layer) store_partial(args.bias_partial, args, chunk, bias_sums, at, exchange);
 }
 
-// Partial sums of the long rows: a thread owns N columns of one chunk of rows.
-template <typename Form, int Threads>
-__global__ void __launch_bounds__(Threads) long_partial_kernel(const Backward args) {
-  using T = typename Form::T;
-  using X = typename Form::X;
-  constexpr bool Layer = Form::layer, Aligned = Form::aligned;
-  constexpr int N = vector_size<T>;
-  const int col = (blockIdx.x * Threads + threadIdx.x) * N;
-  if (col >= args.cols) return;
-  const int64_t rows_per_chunk = (args.rows + args.chunks - 1) / args.chunks;
-  const int64_t begin = blockIdx.y * rows_per_chunk;
-  const int64_t end = min(counted_rows(args), begin + rows_per_chunk);
-  float weight_sums[N] = {}, bias_sums[N] = {};
-  const Columns<Aligned> at = {col, 0, args.cols};
-  for (int64_t row = begin; row < end; ++row) {
-    RowPair<X, T, 1> in;
-    load_row(args, row, at, in);
-    const RowStatistics of = statistics_of<Layer>(args, row);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const float y_grad = to_float(in.y[0].values[i]);
-      weight_sums[i] += y_grad * (to_float(in.x[0].values[i]) - of.mean) * of.inverse_std;
-      bias_sums[i] += y_grad;
-    }
+// --- choice -------------------------------------------------------------------------------------
+
+// Which tile a shape takes, of a kernel for `N` elements a vector: by the columns alone.
+enum class Sharing { half_warp, warp, block, pair, eight, walk };
+
+struct Plan {
+  Sharing sharing;
+  int threads;  // of a group, one vector each
+  int groups;   // of a block
+  int cluster;
+};
+
+Plan plan(int64_t vectors, int capability) {
+  const auto whole = [](int64_t count) { return static_cast<int>(ceil_div(count, 32) * 32); };
+  if (vectors <= 16) return {Sharing::half_warp, 16, most_threads / 16, 1};
+  if (vectors <= 32) return {Sharing::warp, 32, most_threads / 32, 1};
+  if (vectors <= most_threads) {
+    const int threads = whole(vectors);
+    return {Sharing::block, threads, std::min(most_groups, most_threads / threads), 1};
   }
-  const int64_t offset = blockIdx.y * args.cols + col;
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    if (col + i >= args.cols) break;
-    if (args.weight_partial != nullptr) args.weight_partial[offset + i] = weight_sums[i];
-    if (args.bias_partial != nullptr) args.bias_partial[offset + i] = bias_sums[i];
+  if (capability >= 90 && vectors <= 2 * most_threads) {
+    return {Sharing::pair, whole(ceil_div(vectors, 2)), 1, 2};
   }
+  if (capability >= 90 && vectors <= 8 * most_threads) {
+    return {Sharing::eight, whole(ceil_div(vectors, 8)), 1, 8};
+  }
+  return {Sharing::walk, 0, 1, 1};
+}
+
+template <typename Form, typename Tile>
+void launch_tile(Backward args, const Plan& plan, Stream stream) {
+  using Pieces = RowPieces<Form>;
+  Layout& layout = args.layout;
+  const int block = plan.threads * plan.groups;
+  const int table = plan.threads * Pieces::N * static_cast<int>(sizeof(float));
+  const int limit = stream.capability >= 90 ? shared_limit : shared_limit_80;
+  layout.threads = plan.threads;
+  layout.groups = plan.groups;
+  layout.pieces = Pieces::count(args.sum_grad.data != nullptr);
+  // Two rows at once for narrow ones, of which a block has many: more ran slower (H100, 1M x 128:
+  // 0.93 of a copy, with three 0.90); three for wide ones (16384 x 4096: 0.89, with two 0.84).
+  layout.slots = Tile::lanes != 0 ? 2 : 3;
+  if (layout.slots * layout.pieces * block * 16 + table > limit) layout.slots = 2;
+  layout.ring_bytes = layout.slots * layout.pieces * block * 16;
+  launch(backward_kernel<Form, Tile>,
+         {.grid = dim3(args.chunks * Tile::cluster),
+          .block = dim3(block),
+          .shared_bytes = layout.ring_bytes + table,
+          .cluster = Tile::cluster,
+          .stream = stream},
+         args);
 }
 
 template <typename Form>
 void launch_backward(const Backward& args, Stream stream) {
   using T = typename Form::T;
-  const int64_t vectors = ceil_div(args.cols, vector_size<T>);
-  const auto launch_tile = [&]<int Threads, int Vectors>() {
-    using Shape = Tile<Threads, Vectors>;
-    launch(backward_kernel<Form, Shape>,
-           {.grid = dim3(args.chunks),
-            .block = dim3(Shape::block_threads),
-            .shared_bytes = Feed<T, typename Form::X, Shape, Form::aligned>::shared_bytes,
-            .stream = stream},
-           args);
-  };
-  if (vectors <= 32) return launch_tile.template operator()<32, 1>();
-  if (vectors <= 64) return launch_tile.template operator()<32, 2>();
-  if (vectors <= 256) return launch_tile.template operator()<128, 2>();
-  if (vectors <= 512) return launch_tile.template operator()<256, 2>();
-  if (vectors <= 1024) return launch_tile.template operator()<512, 2>();
-  launch(long_x_grad_kernel<Form, 1024>,
-         {.grid = dim3(args.rows), .block = dim3(1024), .stream = stream}, args);
-  if (args.weight_partial == nullptr && args.bias_partial == nullptr) return;
-  launch(long_partial_kernel<Form, 128>,
-         {.grid = dim3(ceil_div(vectors, 128), args.chunks), .block = dim3(128), .stream = stream},
-         args);
+  const Plan chosen = plan(ceil_div(args.cols, vector_size<T>), stream.capability);
+  switch (chosen.sharing) {
+    case Sharing::half_warp:
+      return launch_tile<Form, Tile<16>>(args, chosen, stream);
+    case Sharing::warp:
+      return launch_tile<Form, Tile<32>>(args, chosen, stream);
+    case Sharing::block:
+      return launch_tile<Form, Tile<0>>(args, chosen, stream);
+    case Sharing::pair:
+      return launch_tile<Form, Tile<0, 2>>(args, chosen, stream);
+    case Sharing::eight:
+      return launch_tile<Form, Tile<0, 8>>(args, chosen, stream);
+    case Sharing::walk:
+      return launch_long_backward<Form>(args, stream);
+  }
 }
 
 template <typename T>
-void choose_backward(const Backward& args, bool wide_x, bool layer, bool aligned, Stream stream) {
+void choose_backward(const Backward& args, bool is_wide, bool layer, bool aligned, Stream stream) {
   visit_bool(layer, [&]<bool Layer>() {
     visit_bool(aligned, [&]<bool Aligned>() {
       if constexpr (sizeof(T) == 2) {
-        if (wide_x) return launch_backward<Form<T, float, Layer, Aligned>>(args, stream);
+        if (is_wide) return launch_backward<Form<T, float, Layer, Aligned>>(args, stream);
       }
       launch_backward<Form<T, T, Layer, Aligned>>(args, stream);
     });
@@ -339,14 +330,14 @@ void choose_backward(const Backward& args, bool wide_x, bool layer, bool aligned
 
 }  // namespace
 
-// As many chunks as blocks fit on the 132 multiprocessors of an H100 with 512 threads each, so that
-// every block is resident; a constant, not a question to the device: the order of the sum over rows
-// must not change from one GPU to the next.
-int64_t norm_chunks(int64_t rows, int64_t cols) {
-  const int64_t vectors = ceil_div(cols, 8);
-  const int64_t block_threads = vectors <= 256 ? 128 : (vectors <= 512 ? 256 : 512);
-  const int64_t rows_at_once = vectors <= 64 ? 4 : 1;
-  return std::clamp<int64_t>(ceil_div(rows, rows_at_once), 1, 132 * 512 / block_threads);
+// A block for each of the 132 multiprocessors of an H100, or as many clusters as it runs at once
+// (of eight blocks, 15: with 16, two rounds, 1024 x 65536 took 271 us and with 15 176); constants,
+// not questions to the device: the order of the sum over rows must not change from one GPU to the
+// next.
+int64_t norm_chunks(DType y_grad, int64_t rows, int64_t cols, int capability) {
+  const Plan chosen = plan(ceil_div(cols, 16 / element_bytes(y_grad)), capability);
+  const int64_t most = chosen.cluster == 8 ? 15 : 132 / chosen.cluster;
+  return std::clamp<int64_t>(ceil_div(rows, chosen.groups), 1, most);
 }
 
 }  // namespace cuda
@@ -357,20 +348,21 @@ void run(const NormBackward& norm, Stream stream) {
       is_aligned({&norm.x, &norm.y_grad, &norm.weight, &norm.sum_grad, &norm.x_grad});
   const TensorView& partial = norm.weight_partial ? norm.weight_partial : norm.bias_partial;
   const int64_t chunks =
-      partial ? partial.sizes[0] : cuda::norm_chunks(norm.x.sizes[0], norm.x.sizes[1]);
+      partial ? partial.sizes[0]
+              : norm_chunks(norm.y_grad.dtype, norm.x.sizes[0], norm.x.sizes[1], stream.capability);
   const Backward args = {common(norm, norm.x),
                          matrix(norm.y_grad),
                          matrix(norm.sum_grad),
                          matrix(norm.x_grad),
                          norm.weight_partial.as<float>(),
                          norm.bias_partial.as<float>(),
-                         chunks};
+                         chunks,
+                         {}};
   visit_dtype<float, bfloat16, float16>("norm", norm.y_grad.dtype, [&]<typename T>() {
     choose_backward<device_type<T>>(args, norm.x.dtype == DType::float32, norm.norm == Norm::layer,
                                     aligned, stream);
   });
-  if (norm.weight_grad) sum_chunks(norm.weight_partial, norm.weight_grad, stream);
-  if (norm.bias_grad) sum_chunks(norm.bias_partial, norm.bias_grad, stream);
+  sum_chunks({norm.weight_partial, norm.weight_grad}, {norm.bias_partial, norm.bias_grad}, stream);
 }
 
 }  // namespace redline

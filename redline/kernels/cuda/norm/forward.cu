@@ -1,161 +1,93 @@
+// Over budget: template parameters: all but the first are deduced.
+// Over budget: parameters: a row's parts, each in registers; a struct of them would name nothing.
+//
 // y = (x - m) * r * w + b (kernels/norm.h). The threads of a row hold it in registers: memory is
 // read once and written once, by 16-byte accesses, up to four of them in flight per thread. Rows
-// that outgrow a block are read again from L2. Bound by bytes; of the floor: bench/results.
-#include "redline/kernels/cuda/norm/row.cuh"
+// that outgrow a cluster of blocks are read again from L2. Bound by bytes; of the floor:
+// bench/results.
+#include "redline/kernels/cuda/norm/row_input.cuh"
 
 namespace redline {
 namespace cuda {
 namespace {
 
-// Threads that share a row and 16-byte vectors that each of them holds.
-template <int Threads, int Vectors>
+// How rows are shared. Lanes: threads of a row within a warp; 0: all threads of a block, of each of
+// Cluster blocks. Vectors: of 16 bytes, that a thread holds of a row. Rows: that it holds at once.
+template <int Lanes, int Vectors, int Rows = 1, int Cluster = 1>
 struct Tile {
-  static constexpr int threads = Threads, vectors = Vectors;
-  static constexpr int rows = Threads == 32 ? 4 : 1;  // rows of a block, a warp each
-  static constexpr int block_threads = Threads * rows;
+  static constexpr int lanes = Lanes, vectors = Vectors, rows = Rows, cluster = Cluster;
+  static constexpr int most_threads = Lanes == 0 ? 512 : 128;  // of a block
+  static constexpr int groups = Lanes == 0 ? 1 : most_threads / Lanes;
 };
 
 // 64 registers a thread, 128 where it holds float32 besides 16-bit data or single elements.
 template <typename Form, typename Tile>
 inline constexpr int blocks_per_sm =
     (Form::aligned && sizeof(typename Form::T) == sizeof(typename Form::X) ? 1024 : 512) /
-    Tile::block_threads;
-
-struct Forward : Common {
-  Matrix residual, sum, bias, y;
-  float epsilon;
-};
-
-template <typename T>
-__device__ __forceinline__ const T* row_at(const Matrix& from, int64_t row) {
-  return static_cast<const T*>(from.data) + row * from.stride;
-}
-
-// What is normalised, as it lies in memory: half the registers of its float32, and so twice the
-// threads that a multiprocessor has loads in flight for. Held: what residual and sum hold; float32
-// without alignment, whatever they hold.
-template <typename T, typename Held, int V>
-struct RowInput {
-  static constexpr int N = vector_size<T>;
-  Packed<Held, N> held[V];
-
-  __device__ __forceinline__ float value(int v, int i) const { return to_float(held[v].values[i]); }
-
-  // x, or the rounded x + residual, which is stored on the way.
-  __device__ __forceinline__ void load(const Forward& args, int64_t row, Columns<true> at) {
-    if (args.residual.data == nullptr) return reload(args, row, at);
-    Packed<T, N> x[V];
-    load_vectors(row_at<T>(args.x, row), at, x);
-    load_vectors(row_at<Held>(args.residual, row), at, held);
-    float sum[V][N];
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) sum[v][i] = to_float(x[v].values[i]) + value(v, i);
-      held[v] = pack<Held>(sum[v]);
-    }
-    store_vectors(static_cast<Held*>(args.sum.data) + row * args.sum.stride, at, sum);
-  }
-  __device__ __forceinline__ void load(const Forward& args, int64_t row, Columns<false> at) {
-    float values[V][N];
-    take_vectors<T>(row_of(args.x, row), at, values,
-                    [](float& value, float loaded) { value = loaded; });
-    if (args.residual.data != nullptr) {
-      take_vectors<T>(row_of(args.residual, row), at, values,
-                      [](float& value, float loaded) { value += loaded; });
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        store_mixed<T>(args.sum.data, args.sum.is_float32, row * args.sum.stride,
-                       at.col + v * at.step, at.cols, false, values[v]);
-      }
-    }
-#pragma unroll
-    for (int v = 0; v < V; ++v) held[v] = pack<Held>(values[v]);
-  }
-
-  // Once more from L2: the sum when there is a residual.
-  template <bool Aligned>
-  __device__ __forceinline__ void reload(const Forward& args, int64_t row, Columns<Aligned> at) {
-    const Matrix& from = args.residual.data != nullptr ? args.sum : args.x;
-    if constexpr (Aligned) {
-      load_vectors(row_at<Held>(from, row), at, held);
-    } else {
-      float values[V][N];
-      take_vectors<T>(row_of(from, row), at, values,
-                      [](float& value, float loaded) { value = loaded; });
-#pragma unroll
-      for (int v = 0; v < V; ++v) held[v] = pack<Held>(values[v]);
-    }
-  }
-
-  // Forgets the float32 values: the compiler would rather hold them, in twice the registers, than
-  // widen the held ones again.
-  __device__ __forceinline__ void forget() {
-    if constexpr (sizeof(Held) == 2) {
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        auto& words = reinterpret_cast<uint32_t(&)[N / 2]>(held[v]);
-#pragma unroll
-        for (int i = 0; i < N / 2; ++i) asm volatile("" : "+r"(words[i]));
-      }
-    }
-  }
-
-  __device__ __forceinline__ float total() const {
-    float result = 0.0f;
-#pragma unroll
-    for (int k = 0; k < V * N; ++k) result += value(k / N, k % N);
-    return result;
-  }
-  // Elements past the row's end count as the mean.
-  template <bool Aligned>
-  __device__ __forceinline__ float squares(float mean, Columns<Aligned> at) const {
-    float result = 0.0f;
-#pragma unroll
-    for (int k = 0; k < V * N; ++k) {
-      const int col = at.col + k / N * at.step + (Aligned ? 0 : k % N);
-      const float x = col < at.cols ? value(k / N, k % N) - mean : 0.0f;
-      result += x * x;
-    }
-    return result;
-  }
-};
+    Tile::most_threads;
 
 struct Statistics {
   float mean, inverse_std;
 };
 
-// Two vectors at a time: more would hold too many weights in registers.
-template <typename T, typename Held, int V, bool Aligned>
+// Weight and bias of some vectors: zeros where there is no bias.
+template <typename T, int V>
+struct Scaling {
+  static constexpr int N = vector_size<T>;
+  float weight[V][N], bias[V][N];
+
+  template <bool Aligned>
+  __device__ __forceinline__ void load(const Forward& args, Columns<Aligned> at) {
+    load_weight<T>(args, at, weight);
+#pragma unroll
+    for (int k = 0; k < V * N; ++k) bias[k / N][k % N] = 0.0f;
+    if (args.bias.data != nullptr) {
+      take_vectors<T>(row_of(args.bias, 0), at, bias,
+                      [](float& value, float loaded) { value = loaded; });
+    }
+  }
+};
+
+// Vectors of the row from `first` on, as many as `by` has.
+template <bool Layer, typename T, typename Held, int V, int Group, bool Aligned>
+__device__ __forceinline__ void store_vectors_of(const Forward& args, int64_t row,
+                                                 Columns<Aligned> at,
+                                                 const RowInput<T, Held, V>& in, int first,
+                                                 const Scaling<T, Group>& by, Statistics found) {
+  constexpr int N = vector_size<T>;
+  float y[Group][N];
+#pragma unroll
+  for (int k = 0; k < Group * N; ++k) {
+    const float x = in.value(first + k / N, k % N) - (Layer ? found.mean : 0.0f);
+    y[k / N][k % N] = x * found.inverse_std * by.weight[k / N][k % N];
+    if constexpr (Layer) y[k / N][k % N] += by.bias[k / N][k % N];
+  }
+  store_vectors(row_at<T>(args.y, row), at.from(first), y);
+}
+
+// Sixteen parameters at a time: more would not fit the registers.
+template <bool Layer, typename T, typename Held, int V, bool Aligned>
 __device__ __forceinline__ void store_output(const Forward& args, int64_t row, Columns<Aligned> at,
                                              const RowInput<T, Held, V>& in, Statistics found) {
-  constexpr int N = vector_size<T>, group = V < 2 ? V : 2;
-  T* y = static_cast<T*>(args.y.data) + row * args.y.stride;
+  constexpr int group = V < 2 || Layer ? 1 : 2;
 #pragma unroll
   for (int first = 0; first < V; first += group) {
-    const Columns<Aligned> place = at.from(first);
-    float w[group][N];
-    load_weight<T>(args, place, w);
-#pragma unroll
-    for (int k = 0; k < group * N; ++k) {
-      w[k / N][k % N] *= (in.value(first + k / N, k % N) - found.mean) * found.inverse_std;
-    }
-    if (args.bias.data != nullptr) {
-      take_vectors<T>(row_of(args.bias, 0), place, w,
-                      [](float& value, float loaded) { value += loaded; });
-    }
-    store_vectors(y, place, w);
+    Scaling<T, group> by;
+    by.load(args, at.from(first));
+    store_vectors_of<Layer>(args, row, at, in, first, by, found);
   }
 }
 
 // Rows from the device's row count on.
-template <typename T, int Threads, bool Aligned>
-__device__ void zero_row(const Forward& args, int64_t row, int thread) {
-  for (int col = thread * vector_size<T>; col < args.cols; col += Threads * vector_size<T>) {
+template <typename T, int V, bool Aligned>
+__device__ void zero_row(const Forward& args, int64_t row, Columns<Aligned> at) {
+  for (int v = 0; v < V; ++v) {
+    const int col = at.col + v * at.step;
+    if (col >= args.cols) break;
     store_zeros<Aligned, T>(args.y, row, col, args);
     if (args.sum.data != nullptr) store_zeros<Aligned, T>(args.sum, row, col, args);
   }
-  if (thread == 0) {
+  if (at.col == 0) {
     args.inverse_std[row] = 0.0f;
     if (args.mean != nullptr) args.mean[row] = 0.0f;
   }
@@ -167,37 +99,120 @@ __device__ __forceinline__ void store_statistics(const Forward& args, int64_t ro
   if (args.mean != nullptr) args.mean[row] = found.mean;
 }
 
-template <typename Form, typename Tile>
-__global__ void __launch_bounds__(Tile::block_threads, blocks_per_sm<Form, Tile>)
-    forward_kernel(const Forward args) {
-  using T = typename Form::T;
-  constexpr bool Layer = Form::layer, Aligned = Form::aligned;
-  constexpr int N = vector_size<T>, V = Tile::vectors;
-  __shared__ float scratch[2][32];
-  const int thread = threadIdx.x % Tile::threads;
-  const int64_t row = int64_t{blockIdx.x} * Tile::rows + threadIdx.x / Tile::threads;
-  if (row >= args.rows) return;
-  if (row >= counted_rows(args)) return zero_row<T, Tile::threads, Aligned>(args, row, thread);
-  const Columns<Aligned> at = {thread * N, Tile::threads * N, args.cols};
+__device__ __forceinline__ float inverse_root(float squares, const Forward& args) {
+  return 1.0f / sqrtf(squares / args.cols + args.epsilon);
+}
 
-  RowInput<T, typename Form::X, V> in;
-  in.load(args, row, at);
+// Within a warp: the mean first, then the squares around it.
+template <bool Layer, typename Group, typename In, bool Aligned>
+__device__ __forceinline__ Statistics warp_statistics(const Forward& args, const Group& group,
+                                                      In& in, Columns<Aligned> at) {
   float mean = 0.0f;  // rms: the compiler drops it
   if constexpr (Layer) {
     float total[1] = {in.total()};
     in.forget();
-    block_sum<Tile::threads>(total, scratch[0]);
+    group.sum(total, nullptr);
     mean = total[0] / args.cols;
   }
   float squares[1] = {in.squares(mean, at)};
   in.forget();
-  block_sum<Tile::threads>(squares, scratch[1]);
-  const float inverse_std = 1.0f / sqrtf(squares[0] / args.cols + args.epsilon);
-  if (thread == 0) store_statistics(args, row, {mean, inverse_std});
-  store_output(args, row, at, in, {mean, inverse_std});
+  group.sum(squares, nullptr);
+  return {mean, inverse_root(squares[0], args)};
 }
 
-// Rows that outgrow a block's registers.
+// Over warps: each one's squares are around its own mean, and one exchange joins them (Chan, Golub
+// and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979).
+template <typename Tile, typename Group, typename In, bool Aligned>
+__device__ __forceinline__ Statistics joined_statistics(const Forward& args, const Group& group,
+                                                        In& in, Columns<Aligned> at) {
+  constexpr int V = Tile::vectors, N = In::N;
+  const int warp_cols = 32 * N;  // of one vector of each lane
+  const bool full = args.cols == Group::slot_count(group.warps) * V * warp_cols;
+  const auto count = [&](int e) {  // elements that warp e of the row holds
+    if (full) return static_cast<float>(V * warp_cols);
+    const int rank = e / group.warps, warp = e - rank * group.warps;
+    int elements = 0;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const int col = (rank * V + v) * at.step + warp * warp_cols;
+      elements += min(max(args.cols - col, 0), warp_cols);
+    }
+    return static_cast<float>(max(elements, 1));
+  };
+  const int own = static_cast<int>(cluster_rank()) * group.warps + group.warp;
+  float found[2] = {warp_sum(in.total()), 0.0f};
+  in.forget();
+  found[1] = warp_sum(in.squares(__fdividef(found[0], count(own)), at));
+  in.forget();
+  group.share(found, group.slots);
+  const int warps = Group::slot_count(group.warps), lane = static_cast<int>(threadIdx.x) % 32;
+  float squares = 0.0f;
+  const float mean = group.shared_sum(group.slots) / args.cols;
+  for (int e = lane; e < warps; e += 32) {
+    const float elements = count(e), off = __fdividef(group.slots[e], elements) - mean;
+    squares += group.slots[warps + e] + elements * off * off;
+  }
+  return {mean, inverse_root(warp_sum(squares), args)};
+}
+
+template <typename Form, typename Tile, typename Group, typename In, bool Aligned>
+__device__ __forceinline__ Statistics statistics_of(const Forward& args, const Group& group, In& in,
+                                                    Columns<Aligned> at) {
+  if constexpr (Tile::lanes != 0) return warp_statistics<Form::layer>(args, group, in, at);
+  if constexpr (Form::layer) return joined_statistics<Tile>(args, group, in, at);
+  float squares[1] = {in.squares(0.0f, at)};
+  in.forget();
+  squares[0] = warp_sum(squares[0]);
+  group.share(squares, group.slots);
+  return {0.0f, inverse_root(group.shared_sum(group.slots), args)};
+}
+
+template <typename Form, typename Tile>
+__global__ void __launch_bounds__(Tile::most_threads, blocks_per_sm<Form, Tile>)
+    forward_kernel(const Forward args) {
+  using T = typename Form::T;
+  using Group = RowGroup<Tile::lanes, Tile::cluster>;
+  constexpr int N = vector_size<T>, V = Tile::vectors, R = Tile::rows, L = Tile::lanes;
+  __shared__ float slots[L == 0 ? 2 * Group::slot_count(Tile::most_threads / 32) : 1];
+  if constexpr (Tile::cluster > 1) cluster_arrive();  // the others' shared memory is there
+  const int threads = L == 0 ? static_cast<int>(blockDim.x) : L;
+  const int thread = static_cast<int>(threadIdx.x) % threads;
+  const int first = static_cast<int>(cluster_rank()) * V * threads + thread;  // of its vectors
+  const Columns<Form::aligned> at = {first * N, threads * N, args.cols};
+  const int64_t first_row = int64_t{blockIdx.x / Tile::cluster} * (Tile::groups * R) +
+                            static_cast<int>(threadIdx.x) / threads;
+  const int64_t counted = counted_rows(args);
+  const Group group = {slots, thread / 32, threads / 32, 0};
+
+  RowInput<T, typename Form::X, V> in[R] = {};
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    const int64_t row = first_row + r * Tile::groups;
+    if (row < counted) in[r].load(args, row, at);
+  }
+  if constexpr (Tile::cluster > 1) cluster_wait();
+  constexpr bool keeps_scaling = R > 1 && V == 1;  // of several rows: read once
+  Scaling<T, 1> by;
+  if constexpr (keeps_scaling) by.load(args, at);
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    const int64_t row = first_row + r * Tile::groups;
+    const Statistics found = statistics_of<Form, Tile>(args, group, in[r], at);
+    if (row >= args.rows) continue;
+    if (row >= counted) {
+      zero_row<T, V>(args, row, at);
+      continue;
+    }
+    if (at.col == 0) store_statistics(args, row, found);
+    if constexpr (keeps_scaling) {
+      store_vectors_of<Form::layer>(args, row, at, in[r], 0, by, found);
+    } else {
+      store_output<Form::layer>(args, row, at, in[r], found);
+    }
+  }
+}
+
+// Rows that outgrow the registers of a cluster, or of a block where there are no clusters.
 template <typename Form, int Threads>
 __global__ void __launch_bounds__(Threads) long_forward_kernel(const Forward args) {
   using T = typename Form::T;
@@ -207,7 +222,10 @@ __global__ void __launch_bounds__(Threads) long_forward_kernel(const Forward arg
   const int64_t row = blockIdx.x;
   const int first = threadIdx.x * N;
   const auto at = [&](int col) { return Columns<Aligned>{col, step, args.cols}; };
-  if (row >= counted_rows(args)) return zero_row<T, Threads, Aligned>(args, row, threadIdx.x);
+  if (row >= counted_rows(args)) {
+    for (int col = first; col < args.cols; col += stride) zero_row<T, V>(args, row, at(col));
+    return;
+  }
   RowInput<T, typename Form::X, V> in;
   float total[1] = {}, squares[1] = {};
   for (int col = first; col < args.cols; col += stride) {
@@ -226,31 +244,44 @@ __global__ void __launch_bounds__(Threads) long_forward_kernel(const Forward arg
     }
   }
   block_sum<Threads>(squares, scratch[1]);
-  const float inverse_std = 1.0f / sqrtf(squares[0] / args.cols + args.epsilon);
-  if (threadIdx.x == 0) store_statistics(args, row, {mean, inverse_std});
+  const Statistics found = {mean, inverse_root(squares[0], args)};
+  if (threadIdx.x == 0) store_statistics(args, row, found);
   for (int col = first; col < args.cols; col += stride) {
     in.reload(args, row, at(col));
-    store_output(args, row, at(col), in, {mean, inverse_std});
+    store_output<Layer>(args, row, at(col), in, found);
   }
 }
 
-// The narrowest tile that holds the row: more rows per multiprocessor, shorter sums.
+template <typename Form, typename Tile>
+void launch_tile(const Forward& args, int threads, Stream stream) {
+  launch(forward_kernel<Form, Tile>,
+         {.grid = dim3(ceil_div(args.rows, Tile::groups * Tile::rows) * Tile::cluster),
+          .block = dim3(threads),
+          .cluster = Tile::cluster,
+          .stream = stream},
+         args);
+}
+
+// Threads of a block of V vectors each that hold `vectors`: whole warps.
+template <int V>
+int block_threads(int64_t vectors) {
+  return static_cast<int>(ceil_div(vectors, V * 32) * 32);
+}
+
+// Narrow rows lie within a warp, several at once; then a block has a row, then a cluster.
 template <typename Form>
 void launch_forward(const Forward& args, Stream stream) {
   const int64_t vectors = ceil_div(args.cols, vector_size<typename Form::T>);
-  const auto launch_tile = [&]<int Threads, int Vectors>() {
-    using Shape = Tile<Threads, Vectors>;
-    launch(forward_kernel<Form, Shape>,
-           {.grid = dim3(ceil_div(args.rows, Shape::rows)),
-            .block = dim3(Shape::block_threads),
-            .stream = stream},
-           args);
-  };
-  if (vectors <= 32) return launch_tile.template operator()<32, 1>();
-  if (vectors <= 128) return launch_tile.template operator()<32, 4>();
-  if (vectors <= 512) return launch_tile.template operator()<128, 4>();
-  if (vectors <= 1024) return launch_tile.template operator()<256, 4>();
-  if (vectors <= 2048) return launch_tile.template operator()<512, 4>();
+  if (vectors <= 16) return launch_tile<Form, Tile<16, 1, 4>>(args, 128, stream);
+  if (vectors <= 32) return launch_tile<Form, Tile<32, 1, 4>>(args, 128, stream);
+  if (vectors <= 64) return launch_tile<Form, Tile<32, 2, 2>>(args, 128, stream);
+  if (vectors <= 128) return launch_tile<Form, Tile<32, 4>>(args, 128, stream);
+  if (vectors <= 4 * 512)
+    return launch_tile<Form, Tile<0, 4>>(args, block_threads<4>(vectors), stream);
+  if (stream.capability >= 90 && vectors <= 8 * 4 * 512) {  // small blocks: one loads, one stores
+    return launch_tile<Form, Tile<0, 4, 1, 8>>(args, block_threads<4>(ceil_div(vectors, 8)),
+                                               stream);
+  }
   launch(long_forward_kernel<Form, 1024>,
          {.grid = dim3(args.rows), .block = dim3(1024), .stream = stream}, args);
 }

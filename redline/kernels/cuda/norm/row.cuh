@@ -2,7 +2,7 @@
 #pragma once
 
 #include "redline/core/dispatch.h"
-#include "redline/kernels/cuda/device/reduce.cuh"
+#include "redline/kernels/cuda/device/row_group.cuh"
 #include "redline/kernels/cuda/device/vector.cuh"
 #include "redline/kernels/cuda/launch.h"
 #include "redline/kernels/norm.h"
@@ -19,6 +19,11 @@ struct Matrix {
 
 inline Matrix matrix(const TensorView& view) {
   return {view.data, view.strides[0], view.dtype == DType::float32};
+}
+
+template <typename S>
+__device__ __forceinline__ S* row_at(const Matrix& of, int64_t row) {
+  return static_cast<S*>(of.data) + row * of.stride;
 }
 
 __device__ __forceinline__ MixedRow row_of(const Matrix& from, int64_t row) {

@@ -1,0 +1,98 @@
+// What is normalised of a row, held by the threads that share it.
+#pragma once
+
+#include "redline/kernels/cuda/norm/row.cuh"
+
+namespace redline::cuda {
+namespace {
+
+struct Forward : Common {
+  Matrix residual, sum, bias, y;
+  float epsilon;
+};
+
+// What is normalised, as it lies in memory: half the registers of its float32, and so twice the
+// threads that a multiprocessor has loads in flight for. Held: what residual and sum hold; float32
+// without alignment, whatever they hold.
+template <typename T, typename Held, int V>
+struct RowInput {
+  static constexpr int N = vector_size<T>;
+  Packed<Held, N> held[V];
+
+  __device__ __forceinline__ float value(int v, int i) const { return to_float(held[v].values[i]); }
+
+  // x, or the rounded x + residual, which is stored on the way.
+  __device__ __forceinline__ void load(const Forward& args, int64_t row, Columns<true> at) {
+    if (args.residual.data == nullptr) return reload(args, row, at);
+    Packed<T, N> x[V];
+    load_vectors(row_at<const T>(args.x, row), at, x);
+    load_vectors(row_at<const Held>(args.residual, row), at, held);
+    float sum[V][N];
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) sum[v][i] = to_float(x[v].values[i]) + value(v, i);
+      held[v] = pack<Held>(sum[v]);
+    }
+    store_vectors(static_cast<Held*>(args.sum.data) + row * args.sum.stride, at, sum);
+  }
+  __device__ __forceinline__ void load(const Forward& args, int64_t row, Columns<false> at) {
+    float values[V][N];
+    take_vectors<T>(row_of(args.x, row), at, values,
+                    [](float& value, float loaded) { value = loaded; });
+    if (args.residual.data != nullptr) {
+      take_vectors<T>(row_of(args.residual, row), at, values,
+                      [](float& value, float loaded) { value += loaded; });
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        store_mixed<T>(args.sum.data, args.sum.is_float32, row * args.sum.stride,
+                       at.col + v * at.step, at.cols, false, values[v]);
+      }
+    }
+#pragma unroll
+    for (int v = 0; v < V; ++v) held[v] = pack<Held>(values[v]);
+  }
+
+  // Once more from L2: the sum when there is a residual.
+  template <bool Aligned>
+  __device__ __forceinline__ void reload(const Forward& args, int64_t row, Columns<Aligned> at) {
+    const Matrix& from = args.residual.data != nullptr ? args.sum : args.x;
+    if constexpr (Aligned) {
+      load_vectors(row_at<const Held>(from, row), at, held);
+    } else {
+      float values[V][N];
+      take_vectors<T>(row_of(from, row), at, values,
+                      [](float& value, float loaded) { value = loaded; });
+#pragma unroll
+      for (int v = 0; v < V; ++v) held[v] = pack<Held>(values[v]);
+    }
+  }
+
+  __device__ __forceinline__ void forget() { forget_wide(held); }
+
+  __device__ __forceinline__ float total() const {
+    float result = 0.0f;
+#pragma unroll
+    for (int k = 0; k < V * N; ++k) result += value(k / N, k % N);
+    return result;
+  }
+  // Elements past the row's end are left out.
+  template <bool Aligned>
+  __device__ __forceinline__ float squares(float mean, Columns<Aligned> at) const {
+    float result = 0.0f;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const int col = at.col + v * at.step;
+      if (col >= at.cols) break;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const float x = value(v, i) - mean;
+        if (Aligned || col + i < at.cols) result += x * x;
+      }
+    }
+    return result;
+  }
+};
+
+}  // namespace
+}  // namespace redline::cuda
