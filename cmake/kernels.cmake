@@ -67,7 +67,8 @@ if(REDLINE_WITH_CUDA)
       norm/backward
       norm/forward
       rotary
-      softmax)
+      softmax/backward
+      softmax/forward)
   list(TRANSFORM REDLINE_CUDA_SOURCES PREPEND redline/kernels/cuda/)
   list(TRANSFORM REDLINE_CUDA_SOURCES APPEND .cu)
   target_sources(redline_kernels PRIVATE ${REDLINE_CUDA_SOURCES})
