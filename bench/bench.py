@@ -47,21 +47,22 @@ class Case:
     times: dict[str, tuple[float, float]] = field(default_factory=dict)  # variant: (us, spread)
 
 
-def both_directions(case, forwards, parameters=()):
+def both_directions(case, forwards, parameters=(), outputs=1):
     """Two cases from a sketch of one: `forwards` without derivatives, and their backward. `bytes`
-    is a pair; `make` takes a bool: whether to draw the upstream gradient too, as the last tensor.
-    One graph per input set is built on first use."""
+    is a pair; `make` takes a bool: whether to draw the upstream gradients too, the last `outputs`
+    tensors. One graph per input set is built on first use."""
 
     def backward_of(forward):
         graphs = {}
 
-        def call(*inputs):
+        def call(*given):
+            inputs, upstream = given[:-outputs], given[-outputs:]
             if inputs[0] not in graphs:
-                leaves = [tensor.detach().requires_grad_() for tensor in inputs[:-1]]
+                leaves = [tensor.detach().requires_grad_() for tensor in inputs]
                 graphs[inputs[0]] = (forward(*leaves), leaves)
             y, leaves = graphs[inputs[0]]
-            wanted = (*leaves, *parameters)
-            return torch.autograd.grad(y, wanted, inputs[-1], retain_graph=True)
+            ys = (y,) if outputs == 1 else y
+            return torch.autograd.grad(ys, (*leaves, *parameters), upstream, retain_graph=True)
 
         return call
 
@@ -301,7 +302,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json")
     parser.add_argument("--markdown")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--only", help="variants to time, by commas: redline,eager,compile")
     parser.add_argument("--quick", action="store_true", help="the first case of each op")
     parser.add_argument("--commit", help="of this tree, where it was copied without its .git")
     args = parser.parse_args()
@@ -314,8 +315,8 @@ def main():
     for op in args.ops or known:
         cases = importlib.import_module(f"bench_{op}").cases(args.device)
         for case in list(cases)[: 1 if args.quick else None]:
-            if args.no_compile:
-                case.calls.pop("compile", None)
+            if args.only:
+                case.calls = {k: v for k, v in case.calls.items() if k in args.only.split(",")}
             measure(case, args.device)
             result["rows"].append(row_of(case, result))
             print(line(result["rows"][-1]), flush=True)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from bench import Case, both_directions
 from redline import ops
 
-SIZES = [(8192, 4096), (16384, 14336)]
+SIZES = [(8192, 4096), (16384, 16384)]
 SIZES_CPU = [(4096, 1024)]
 STOCK = {
     "gelu": functools.partial(F.gelu, approximate="tanh"),

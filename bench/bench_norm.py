@@ -1,57 +1,77 @@
-"""Norms: forward reads x and writes y; backward reads x and y_grad and writes x_grad."""
+"""Norms: forward reads x and writes y; backward reads x and y_grad and writes x_grad. With a
+residual each direction has one tensor more to read, and forward writes the sum."""
 
 import functools
 
 import torch
 import torch.nn.functional as F
 
-from bench import Case
+from bench import Case, both_directions
 from redline import ops
 
-SIZES = [(8192, 4096), (16384, 1024), (8192, 8192), (65536, 256), (4096, 16384)]
+# Heads' norms, models' widths, and rows that outgrow a block.
+SIZES = [
+    (1 << 20, 128),
+    (262144, 256),
+    (65536, 1024),
+    (32768, 2048),
+    (8192, 4096),
+    (16384, 4096),
+    (16384, 5120),
+    (8192, 8192),
+    (4096, 16384),
+    (1024, 65536),
+    (64, 4096),
+    (256, 2048),
+    (1, 8192),
+]
 SIZES_CPU = [(4096, 1024), (2048, 4096)]
 
 
-def forwards(norm, cols, device, dtype):
-    weight, bias = (torch.rand(cols, device=device, dtype=dtype).requires_grad_() for _ in range(2))
+def stock_of(norm, cols, weight, bias):
     if norm == "rms_norm":
-        ours = lambda x: ops.rms_norm(x, weight)  # noqa: E731
-        return ours, lambda x: F.rms_norm(x, (cols,), weight, 1e-5), (weight,)
-    ours = lambda x: ops.layer_norm(x, weight, bias)  # noqa: E731
-    return ours, lambda x: F.layer_norm(x, (cols,), weight, bias), (weight, bias)
+        return lambda x: F.rms_norm(x, (cols,), weight, 1e-5)
+    return lambda x: F.layer_norm(x, (cols,), weight, bias)
 
 
-def backward_of(forward, parameters):
-    """One graph per input set is built on first use; then only its backward runs."""
-    graphs = {}
+def forwards(name, cols, weight, bias):
+    norm = name.removeprefix("residual_")
+    stock = stock_of(norm, cols, weight, bias)
+    parameters = (weight,) if norm == "rms_norm" else (weight, bias)
+    ours = getattr(ops, name)
+    if name == norm:
+        return {"redline": lambda x: ours(x, *parameters), "eager": stock}, parameters
 
-    def call(x, y_grad):
-        if x not in graphs:
-            leaf = x.detach().requires_grad_()
-            graphs[x] = (forward(leaf), leaf)
-        y, leaf = graphs[x]
-        return torch.autograd.grad(y, (leaf, *parameters), y_grad, retain_graph=True)
+    def eager(x, residual):
+        total = x + residual
+        return stock(total), total
 
-    return call
+    return {"redline": lambda x, r: ours(x, r, *parameters), "eager": eager}, parameters
 
 
 def cases(device):
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    name = "bf16" if device == "cuda" else "f32"
-    for norm in ("rms_norm", "layer_norm"):
+    dtype, label = (torch.bfloat16, "bf16") if device == "cuda" else (torch.float32, "f32")
+    for name in ("rms_norm", "layer_norm", "residual_rms_norm", "residual_layer_norm"):
         for rows, cols in SIZES if device == "cuda" else SIZES_CPU:
-            ours, eager, parameters = forwards(norm, cols, device, dtype)
-            compiled = torch.compile(eager, dynamic=False)
-            size = rows * cols * dtype.itemsize
+            weight, bias = (
+                torch.rand(cols, device=device, dtype=dtype).requires_grad_() for _ in range(2)
+            )
+            calls, parameters = forwards(name, cols, weight, bias)
+            calls["compile"] = torch.compile(calls["eager"], dynamic=False)
+            tensors = 2 if name.startswith("residual") else 1
             draw = functools.partial(torch.randn, rows, cols, device=device, dtype=dtype)
 
-            def make(count, draw=draw):
-                return lambda: tuple(draw() for _ in range(count))
+            def make(with_gradient, draw=draw, tensors=tensors):
+                return tuple(draw() for _ in range(2 * tensors if with_gradient else tensors))
 
-            with torch.no_grad():
-                calls = {"redline": ours, "eager": eager, "compile": compiled}
-            calls = {k: torch.no_grad()(call) for k, call in calls.items()}
-            yield Case(norm, "fwd", f"{rows} x {cols}", name, 2 * size, make(1), calls)
-            calls = {"redline": ours, "eager": eager, "compile": compiled}
-            calls = {k: backward_of(call, parameters) for k, call in calls.items()}
-            yield Case(norm, "bwd", f"{rows} x {cols}", name, 3 * size, make(2), calls)
+            size = rows * cols * dtype.itemsize
+            sketch = Case(
+                name=name,
+                direction="",
+                shape=f"{rows} x {cols}",
+                dtype=label,
+                bytes=(2 * tensors * size, (2 + tensors) * size),
+                make=make,
+                calls={},
+            )
+            yield from both_directions(sketch, calls, parameters, outputs=tensors)

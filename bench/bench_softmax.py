@@ -6,7 +6,7 @@ from bench import Case
 from redline import ops
 
 # (batch, heads, queries, keys)
-SIZES = [(4, 32, 2048, 2048), (1, 32, 4096, 4096), (8, 16, 1000, 1000)]
+SIZES = [(2, 32, 2048, 2048), (1, 32, 4096, 4096), (8, 16, 1000, 1000)]
 SIZES_CPU = [(4, 8, 512, 512), (1, 4, 1024, 4096)]
 
 
