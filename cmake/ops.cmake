@@ -1,8 +1,8 @@
 # What Python loads: the ops, with their derivatives and registrations. No Python binding inside.
 list(TRANSFORM REDLINE_OPS PREPEND redline/ops/ OUTPUT_VARIABLE REDLINE_OP_SOURCES)
 list(TRANSFORM REDLINE_OP_SOURCES APPEND .cpp)
-# attention has no kernels of ours yet: it stands on torch's own and on softmax.
-list(APPEND REDLINE_OP_SOURCES redline/ops/attention.cpp)
+# attention and linear have no kernels of ours: they stand on torch's own.
+list(APPEND REDLINE_OP_SOURCES redline/ops/attention.cpp redline/ops/linear.cpp)
 
 add_library(
   redline_ops SHARED

@@ -33,6 +33,11 @@ def embedding(tokens, weight, padding_idx=None):
     return torch.where(keep.bool()[..., None], y, y.detach())
 
 
+def linear(x, weight, bias=None):
+    y = x @ weight.T
+    return y if bias is None else y + bias
+
+
 def rms_norm(x, weight=None, epsilon=1e-5, zero_centered=False):
     y = x / torch.sqrt(x.square().mean(-1, keepdim=True) + epsilon)
     return y if weight is None else y * (weight + 1 if zero_centered else weight)

@@ -1,18 +1,42 @@
 """Linear, and LayerNormLinear: a norm and the product that reads it."""
+# Over budget: parameters: torch.nn.Linear's, and where the weight's gradient goes.
 
 import math
 
 import torch
 
 from redline.layers.norm import InputNorm
+from redline.layers.weight_gradient import WeightGradient
 
 
-class Linear(torch.nn.Linear):
-    """y = x W^T + bias: torch.nn.Linear, under the name that Redline's products will have.
+class Linear(WeightGradient, torch.nn.Linear):
+    """y = x W^T + bias; weight [out, in], bias [out].
+
+    accumulate_main_grad: backward adds the weight's gradient to the buffer weight.main_grad
+    (float32 or the weight's dtype), in float32 without a rounding between, and gives weight.grad
+    nothing; `first_microbatch` in forward overwrites the buffer. delay_weight_grad: backward leaves
+    the product to backward_dw(), one call per backward, oldest first.
 
     >>> Linear(1024, 4096, bias=False)(torch.randn(2, 16, 1024)).shape
     torch.Size([2, 16, 4096])
     """
+
+    def __init__(
+        self,
+        in_features,
+        out_features,
+        bias=True,
+        device=None,
+        dtype=None,
+        *,
+        accumulate_main_grad=False,
+        delay_weight_grad=False,
+    ):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.set_weight_gradient(accumulate_main_grad, delay_weight_grad)
+
+    def forward(self, x, first_microbatch=None):
+        return self.product(x, self.weight, self.bias, first_microbatch)
 
 
 def reset_linear(weight, bias):
@@ -23,10 +47,11 @@ def reset_linear(weight, bias):
         torch.nn.init.uniform_(bias, -bound, bound)
 
 
-class LayerNormLinear(InputNorm):
+class LayerNormLinear(WeightGradient, InputNorm):
     """y = norm(x) W^T + bias; layer_norm_weight [in], weight [out, in], bias [out].
 
     forward(x) -> y; forward(x, residual) -> (y, x + residual), the sum and its norm in one pass.
+    The weight's gradient goes where `Linear`'s options of the same names say.
 
     >>> LayerNormLinear(1024, 3072)(torch.randn(2, 16, 1024)).shape
     torch.Size([2, 16, 3072])
@@ -41,6 +66,8 @@ class LayerNormLinear(InputNorm):
         normalization="RMSNorm",
         eps=1e-5,
         zero_centered=False,
+        accumulate_main_grad=False,
+        delay_weight_grad=False,
         device=None,
         dtype=None,
     ):
@@ -49,13 +76,14 @@ class LayerNormLinear(InputNorm):
         self.in_features, self.out_features = in_features, out_features
         self.weight = torch.nn.Parameter(torch.empty(out_features, in_features, **factory))
         self.bias = torch.nn.Parameter(torch.empty(out_features, **factory)) if bias else None
+        self.set_weight_gradient(accumulate_main_grad, delay_weight_grad)
         self.reset_parameters()
 
     def reset_parameters(self):
         self.reset_norm()
         reset_linear(self.weight, self.bias)
 
-    def forward(self, x, residual=None):
+    def forward(self, x, residual=None, first_microbatch=None):
         normed, total = self.normalize(x, residual)
-        y = torch.nn.functional.linear(normed, self.weight, self.bias)
+        y = self.product(normed, self.weight, self.bias, first_microbatch)
         return y if residual is None else (y, total)

@@ -12,11 +12,13 @@ from redline.ops.cross_entropy import cross_entropy
 from redline.ops.embedding import embedding
 from redline.ops.gated_activation import gated_activation, gated_activation_pair
 from redline.ops.gradient_norm import clip_coefficient, gradient_norm, scale_gradients
+from redline.ops.linear import WeightGradientQueue, linear
 from redline.ops.norm import layer_norm, residual_layer_norm, residual_rms_norm, rms_norm
 from redline.ops.rotary import qkv_rotary, rotary
 from redline.ops.softmax import softmax
 
 __all__ = [
+    "WeightGradientQueue",
     "activation",
     "adamw_step",
     "attention",
@@ -28,6 +30,7 @@ __all__ = [
     "gated_activation_pair",
     "gradient_norm",
     "layer_norm",
+    "linear",
     "qkv_rotary",
     "residual_layer_norm",
     "residual_rms_norm",

@@ -1,0 +1,275 @@
+// Over budget: parameters: the dispatcher's schema fixes the signature.
+#include "redline/ops/linear.h"
+
+#include <torch/custom_class.h>
+
+#include "redline/ops/registration.h"
+#include "redline/ops/run.h"
+
+namespace redline::ops {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using OptionalQueue = std::optional<c10::intrusive_ptr<WeightGradientQueue>>;
+
+constexpr const char* op_name = "linear";
+
+// [rows, cols]: the leading dimensions as one.
+Tensor rows_of(const Tensor& tensor) {
+  return tensor.dim() == 1 ? tensor.unsqueeze(0) : tensor.flatten(0, -2);
+}
+
+void check_inputs(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  TORCH_CHECK(x.dim() >= 1, op_name, ": x: expected at least one dimension, not a scalar");
+  TORCH_CHECK(at::isFloatingType(x.scalar_type()), op_name, ": x: expected a floating dtype, not ",
+              x.scalar_type());
+  TORCH_CHECK(weight.dim() == 2, op_name, ": weight: expected [out, in], not a rank of ",
+              weight.dim());
+  TORCH_CHECK(x.sym_size(-1) == weight.sym_size(1), op_name, ": x: expected a last dimension of ",
+              weight.sym_size(1), ", not ", x.sym_size(-1));
+  TORCH_CHECK(weight.scalar_type() == x.scalar_type(), op_name, ": weight: expected ",
+              x.scalar_type(), " as x has, not ", weight.scalar_type());
+  check_devices(op_name, x, {{"weight", weight}, {"bias", value(bias)}});
+  if (!bias) return;
+  TORCH_CHECK(bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), op_name,
+              ": bias: expected [", weight.sym_size(0), "], not ", bias->sym_sizes());
+  TORCH_CHECK(bias->scalar_type() == x.scalar_type(), op_name, ": bias: expected ", x.scalar_type(),
+              " as x has, not ", bias->scalar_type());
+}
+
+void check_options(const Tensor& weight, const WeightGradientOptions& options) {
+  const std::string& dummy = options.dummy_grad;
+  TORCH_CHECK(dummy == "none" || dummy == "empty" || dummy == "zeros", op_name,
+              ": dummy_grad: expected none, empty or zeros, not ", dummy);
+  if (!options.main_grad) return;
+  const Tensor& main_grad = *options.main_grad;
+  TORCH_CHECK(main_grad.sym_sizes() == weight.sym_sizes(), op_name, ": main_grad: expected ",
+              weight.sym_sizes(), ", not ", main_grad.sym_sizes());
+  TORCH_CHECK(at::isFloatingType(main_grad.scalar_type()), op_name,
+              ": main_grad: expected a floating dtype, not ", main_grad.scalar_type());
+  check_devices(op_name, weight, {{"main_grad", main_grad}});
+}
+
+void check_one_rank(const std::optional<std::string>& tp_group, bool sequence_parallel) {
+  TORCH_CHECK(!tp_group, op_name, ": tp_group: expected none, not ", tp_group.value_or(""),
+              "; products over more ranks are not built");
+  TORCH_CHECK(!sequence_parallel, op_name,
+              ": sequence_parallel: expected false; products over more ranks are not built");
+}
+
+Tensor product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  const Tensor rows = rows_of(x);
+  const Tensor y = bias ? at::addmm(*bias, rows, weight.t()) : at::mm(rows, weight.t());
+  c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
+  sizes.back() = weight.sym_size(0);
+  return at::_unsafe_view_symint(y, sizes);
+}
+
+bool is_16_bit(const Tensor& tensor) {
+  return tensor.scalar_type() == at::kBFloat16 || tensor.scalar_type() == at::kHalf;
+}
+
+void weight_grad_into(const Tensor& buffer, const Tensor& y_grad, const Tensor& x,
+                      bool accumulate) {
+  TORCH_CHECK(y_grad.dim() == 2 && x.dim() == 2 && y_grad.sym_size(0) == x.sym_size(0), op_name,
+              ": y_grad: expected [rows, out] beside x [rows, in] ", x.sym_sizes(), ", not ",
+              y_grad.sym_sizes());
+  TORCH_CHECK(buffer.dim() == 2 && buffer.sym_size(0) == y_grad.sym_size(1) &&
+                  buffer.sym_size(1) == x.sym_size(1),
+              op_name, ": main_grad: expected [", y_grad.sym_size(1), ", ", x.sym_size(1),
+              "], not ", buffer.sym_sizes());
+  buffer.unsafeGetTensorImpl()->bump_version();
+  if (x.is_meta()) return;
+  const Tensor left = y_grad.t();
+  const bool same = buffer.scalar_type() == x.scalar_type();
+  Tensor out = buffer;
+  if (x.is_cuda() && buffer.scalar_type() == at::kFloat && is_16_bit(x)) {
+    at::addmm_out(out, buffer, left, x, at::kFloat, accumulate ? 1 : 0, 1);
+  } else if (same && (x.is_cuda() || !is_16_bit(x))) {
+    out.addmm_(left, x, accumulate ? 1 : 0);
+  } else {  // the CPU has no product that is wider than its factors
+    const at::ScalarType wide = accumulation_type(x);
+    const Tensor sum = at::mm(left.to(wide), x.to(wide));
+    if (accumulate) {
+      out.add_(sum);
+    } else {
+      out.copy_(sum);
+    }
+  }
+}
+
+// What autograd is given for a weight whose gradient went into main_grad.
+Tensor dummy_of(const Tensor& main_grad, at::ScalarType dtype, const std::string& kind) {
+  if (kind == "none") return {};
+  const auto options = main_grad.options().dtype(dtype);
+  return kind == "zeros" ? at::zeros_symint(main_grad.sym_sizes(), options)
+                         : at::empty_symint(main_grad.sym_sizes(), options);
+}
+
+// --- derivative ---------------------------------------------------------------------------------
+
+struct LinearFunction : public torch::autograd::Function<LinearFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
+                        const OptionalTensor& bias, const WeightGradientOptions& options) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const bool trained = weight.requires_grad();
+    ctx->save_for_backward({trained ? x : Tensor(), x.requires_grad() ? weight : Tensor()});
+    ctx->saved_data["has_bias"] = bias.has_value();
+    if (trained && options.main_grad) {
+      // Not a saved variable: others write to it before this node's backward, as they should.
+      ctx->saved_data["main_grad"] = *options.main_grad;
+      ctx->saved_data["accumulate"] = options.accumulate;
+      ctx->saved_data["dummy_grad"] = options.dummy_grad;
+      ctx->saved_data["weight_dtype"] = weight.scalar_type();
+    }
+    if (trained && options.delayed) ctx->saved_data["delayed"] = *options.delayed;
+    return product(x, weight, bias);
+  }
+
+  static Tensor weight_grad(AutogradContext* ctx, const Tensor& y_grad, const Tensor& x) {
+    auto& data = ctx->saved_data;
+    const bool into = data.count("main_grad") > 0;
+    if (data.count("delayed") > 0) {
+      data["delayed"].toCustomClass<WeightGradientQueue>()->push(
+          {.x = x.detach(),
+           .y_grad = y_grad.detach(),
+           .main_grad = into ? data["main_grad"].toTensor() : Tensor(),
+           .accumulate = !into || data["accumulate"].toBool()});
+      return {};
+    }
+    if (!into) return at::mm(y_grad.t(), x);
+    const Tensor main_grad = data["main_grad"].toTensor();
+    linear_weight_grad_into(main_grad, y_grad, x, data["accumulate"].toBool());
+    return dummy_of(main_grad, data["weight_dtype"].toScalarType(),
+                    data["dummy_grad"].toStringRef());
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &weight = saved[1], &y_grad = grads[0];
+    const Tensor rows = rows_of(y_grad);
+    Tensor x_grad, trained_grad, bias_grad;
+    if (ctx->needs_input_grad(0)) {
+      c10::SymDimVector sizes(y_grad.sym_sizes().begin(), y_grad.sym_sizes().end());
+      sizes.back() = weight.sym_size(1);
+      x_grad = at::mm(rows, weight).reshape_symint(sizes);
+    }
+    if (ctx->needs_input_grad(1)) trained_grad = weight_grad(ctx, rows, rows_of(x));
+    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) {
+      bias_grad = rows.sum(at::IntArrayRef{0});
+    }
+    return {x_grad, trained_grad, bias_grad, Tensor()};
+  }
+};
+
+// --- the schema's form --------------------------------------------------------------------------
+
+Tensor differentiable(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& main_grad, bool accumulate, std::string dummy_grad,
+                      const OptionalQueue& delayed, const std::optional<std::string>& tp_group,
+                      bool sequence_parallel) {
+  check_one_rank(tp_group, sequence_parallel);
+  const WeightGradientOptions options{main_grad, accumulate, std::move(dummy_grad), delayed};
+  check_inputs(x, weight, bias);
+  check_options(weight, options);
+  return LinearFunction::apply(x, weight, bias, options);
+}
+
+Tensor without_derivative(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                          const OptionalTensor& main_grad, bool accumulate, std::string dummy_grad,
+                          const OptionalQueue& delayed, const std::optional<std::string>& tp_group,
+                          bool sequence_parallel) {
+  check_one_rank(tp_group, sequence_parallel);
+  check_inputs(x, weight, bias);
+  check_options(weight, {main_grad, accumulate, std::move(dummy_grad), delayed});
+  return product(x, weight, bias);
+}
+
+// The stock op's rule: x, weight and bias in autocast's dtype.
+template <c10::DeviceType device, c10::DispatchKey key>
+Tensor autocast(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                const OptionalTensor& main_grad, bool accumulate, std::string dummy_grad,
+                const OptionalQueue& delayed, const std::optional<std::string>& tp_group,
+                bool sequence_parallel) {
+  check_one_rank(tp_group, sequence_parallel);
+  const c10::impl::ExcludeDispatchKeyGuard off(key);
+  const auto cast = [](const Tensor& tensor) {
+    return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), tensor, device);
+  };
+  return linear(cast(x), cast(weight), bias ? OptionalTensor(cast(*bias)) : std::nullopt,
+                {main_grad, accumulate, std::move(dummy_grad), delayed});
+}
+
+void implement_inner(torch::Library& m) { m.impl("linear_weight_grad_into", weight_grad_into); }
+
+}  // namespace
+
+// --- public -------------------------------------------------------------------------------------
+
+void WeightGradientQueue::push(Entry entry) { entries_.push_back(std::move(entry)); }
+
+std::optional<Tensor> WeightGradientQueue::pop() {
+  TORCH_CHECK(!entries_.empty(),
+              "WeightGradientQueue: pop: expected a gradient from a backward before, not none");
+  const Entry entry = std::move(entries_.front());
+  entries_.pop_front();
+  const at::NoGradGuard no_grad;
+  const c10::impl::ExcludeDispatchKeyGuard off(c10::autocast_dispatch_keyset);
+  if (!entry.main_grad.defined()) return at::mm(entry.y_grad.t(), entry.x);
+  linear_weight_grad_into(entry.main_grad, entry.y_grad, entry.x, entry.accumulate);
+  return std::nullopt;
+}
+
+int64_t WeightGradientQueue::size() const { return static_cast<int64_t>(entries_.size()); }
+
+void WeightGradientQueue::clear() { entries_.clear(); }
+
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+              const WeightGradientOptions& options) {
+  static const auto op = find_op<decltype(differentiable)>("redline::linear");
+  return op.call(x, weight, bias, options.main_grad, options.accumulate, options.dummy_grad,
+                 options.delayed, std::nullopt, false);
+}
+
+void linear_weight_grad_into(const Tensor& buffer, const Tensor& y_grad, const Tensor& x,
+                             bool accumulate) {
+  static const auto op = find_op<decltype(weight_grad_into)>("redline::linear_weight_grad_into");
+  op.call(buffer, y_grad, x, accumulate);
+}
+
+TORCH_LIBRARY_FRAGMENT(redline, m) {
+  m.class_<WeightGradientQueue>("WeightGradientQueue")
+      .def(torch::init<>())
+      .def("pop", &WeightGradientQueue::pop)
+      .def("size", &WeightGradientQueue::size)
+      .def("clear", &WeightGradientQueue::clear);
+  m.def(
+      "linear(Tensor x, Tensor weight, Tensor? bias=None, *, Tensor? main_grad=None, "
+      "bool accumulate=True, str dummy_grad=\"none\", "
+      "__torch__.torch.classes.redline.WeightGradientQueue? delayed=None, "
+      "str? tp_group=None, bool sequence_parallel=False) -> Tensor");
+  m.def(
+      "linear_weight_grad_into(Tensor(a!) buffer, Tensor y_grad, Tensor x, "
+      "bool accumulate=True) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(redline, CPU, m) { implement_inner(m); }
+TORCH_LIBRARY_IMPL(redline, CUDA, m) { implement_inner(m); }
+TORCH_LIBRARY_IMPL(redline, Meta, m) { implement_inner(m); }
+TORCH_LIBRARY_IMPL(redline, CompositeExplicitAutograd, m) { m.impl("linear", without_derivative); }
+TORCH_LIBRARY_IMPL(redline, Autograd, m) {
+  m.impl("linear", differentiable);
+  refuse_autograd(m, {"linear_weight_grad_into"});
+}
+TORCH_LIBRARY_IMPL(redline, AutocastCPU, m) {
+  m.impl("linear", autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
+}
+TORCH_LIBRARY_IMPL(redline, AutocastCUDA, m) {
+  m.impl("linear", autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>);
+}
+TORCH_LIBRARY_IMPL(redline, FuncTorchBatched, m) { refuse_vmap(m, {"linear"}); }
+
+}  // namespace redline::ops

@@ -1,0 +1,54 @@
+// y = x W^T + bias, and where the weight's gradient goes. Kept for backward: x where the weight is
+// trained, the weight where x has a gradient. The products are ATen's: cuBLASLt, oneDNN or MKL.
+#pragma once
+
+#include <deque>
+
+#include "redline/ops/torch.h"
+
+namespace redline::ops {
+
+// Weight gradients to be computed later, first in, first out: TorchScript's
+// torch.classes.redline.WeightGradientQueue. An entry keeps x and y_grad.
+class WeightGradientQueue : public torch::CustomClassHolder {
+ public:
+  struct Entry {
+    at::Tensor x, y_grad;  // [rows, in], [rows, out]
+    at::Tensor main_grad;  // [out, in], or undefined
+    bool accumulate = true;
+  };
+
+  void push(Entry entry);
+
+  // Computes the oldest entry's gradient into its main_grad, or returns it, [out, in] of x's dtype.
+  std::optional<at::Tensor> pop();
+
+  int64_t size() const;
+  void clear();
+
+ private:
+  std::deque<Entry> entries_;
+};
+
+struct WeightGradientOptions {
+  // The gradient is added to this buffer [out, in], or written over it, and autograd is given what
+  // dummy_grad names: nothing ("none"), or a tensor of the weight's shape, unwritten ("empty") or
+  // zero ("zeros"), for those who count on a gradient's arrival.
+  std::optional<at::Tensor> main_grad = {};
+  bool accumulate = true;
+  std::string dummy_grad = "none";
+  // Backward puts the product here in place of computing it, and gives the weight no gradient.
+  std::optional<c10::intrusive_ptr<WeightGradientQueue>> delayed = {};
+};
+
+// [..., out] of x [..., in], weight [out, in] and bias [out], all of one dtype.
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
+                  const std::optional<at::Tensor>& bias = {},
+                  const WeightGradientOptions& options = {});
+
+// buffer + y_grad^T x, or y_grad^T x alone, into buffer [out, in]; y_grad [rows, out] and
+// x [rows, in]. A float32 buffer of 16-bit factors is summed in float32, not rounded between.
+void linear_weight_grad_into(const at::Tensor& buffer, const at::Tensor& y_grad,
+                             const at::Tensor& x, bool accumulate = true);
+
+}  // namespace redline::ops
