@@ -3,6 +3,7 @@
 from redline.layers.attention import Attention
 from redline.layers.embedding import Embedding
 from redline.layers.gpt import GPT
+from redline.layers.grouped_linear import GroupedLinear
 from redline.layers.linear import LayerNormLinear, Linear
 from redline.layers.mlp import LayerNormMLP
 from redline.layers.norm import LayerNorm, RMSNorm
@@ -12,6 +13,7 @@ __all__ = [
     "GPT",
     "Attention",
     "Embedding",
+    "GroupedLinear",
     "LayerNorm",
     "LayerNormLinear",
     "LayerNormMLP",
