@@ -1,0 +1,60 @@
+"""TENorm and TEFusedResidualRMSNorm."""
+
+from redline import layers
+from redline.extensions.transformer_engine.extra_state import ExtraState
+from redline.extensions.transformer_engine.module import check, factory_of, option
+from redline.extensions.transformer_engine.refusals import refuse
+
+
+class _WeightDType(ExtraState):
+    """Transformer Engine's rule for norms: compute on, and return, the weight's dtype."""
+
+    returns_residual = False
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype))
+
+    @property
+    def zero_centered_gamma(self):
+        return self.zero_centered
+
+
+class RMSNorm(_WeightDType, layers.RMSNorm):
+    """y = x / sqrt(mean(x^2) + eps) * weight, of the weight's dtype."""
+
+
+class LayerNorm(_WeightDType, layers.LayerNorm):
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, of the weight's dtype."""
+
+
+class TEFusedResidualRMSNorm(RMSNorm):
+    """forward(x) -> (RMSNorm of x, x), for a block that adds x again behind the norm."""
+
+    returns_residual = True
+
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class TENorm:
+    """TENorm(config, hidden_size) -> the RMSNorm or LayerNorm that config.normalization names.
+
+    With config.fused_residual_rmsnorm and has_residual: TEFusedResidualRMSNorm.
+
+    >>> TENorm(config, hidden_size=4096)(x).shape == x.shape
+    True
+    """
+
+    def __new__(cls, config, hidden_size, eps=1e-5, has_residual=False):
+        check("TENorm", config)
+        kinds = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}
+        refuse("TENorm", "normalization", config.normalization, tuple(kinds))
+        kind = kinds[config.normalization]
+        if has_residual and option(config, "fused_residual_rmsnorm", False):
+            refuse("TENorm", "normalization", config.normalization, ("RMSNorm",))
+            kind = TEFusedResidualRMSNorm
+        zero_centered = option(config, "layernorm_zero_centered_gamma", False)
+        norm = kind(hidden_size, eps, zero_centered=zero_centered, **factory_of(config))
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = option(config, "sequence_parallel", False)
+        return norm
