@@ -5,41 +5,17 @@ import shutil
 import subprocess
 import sys
 import warnings
-from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megatron_config import AttnMaskType, configuration
 from redline.extensions import transformer_engine as new
 
 OLD = "redline.transformer.custom_layers.transformer_engine"
 ROOT = Path(__file__).parents[1]
-
-
-class AttnMaskType(Enum):
-    """Megatron's, as far as the tests need it."""
-
-    padding = 1
-    causal = 2
-    no_mask = 3
-    padding_causal = 4
-    arbitrary = 5
-
-
-def configuration(**changes):
-    given = {
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": 1e-5,
-        "layernorm_zero_centered_gamma": False,
-        "params_dtype": torch.float32,
-        "use_cpu_initialization": True,
-        "perform_initialization": True,
-        "attention_dropout": 0.0,
-        "tensor_model_parallel_size": 1,
-    }
-    return SimpleNamespace(**(given | changes))
 
 
 def make_linear(config=None, **changes):
