@@ -55,8 +55,11 @@ from redline.extensions.transformer_engine.router import (
     fused_topk_with_score_function,
 )
 from redline.extensions.transformer_engine.split import SplitAlongDim
+from redline.extensions.transformer_engine.table import ENTRIES as _ENTRIES
+from redline.extensions.transformer_engine.table import Entry as _Entry
 
 HAVE_TE = True  # what asks for Transformer Engine's layers finds them here
+_ENTRIES["HAVE_TE"] = _Entry("works", "`True`")
 
 __all__ = [
     "HAVE_TE",

@@ -5,6 +5,7 @@ import torch
 from redline import ops
 from redline.extensions.transformer_engine.extra_state import ExtraState
 from redline.extensions.transformer_engine.refusals import PRECISION, NotBuilt, refuse
+from redline.extensions.transformer_engine.table import works
 
 # (function, gated) -> the op's kind. gelu is the tanh form, Transformer Engine's.
 KINDS = {
@@ -41,6 +42,10 @@ def activate(x, bias, kind):
     return ops.activation(x, bias, kind)
 
 
+@works(
+    "`activation`, `gated_activation`",
+    "inputs kept in FP8; other functions than silu, gelu (tanh), relu",
+)
 class TEActivationOp(ExtraState):
     """f(x), or of gated units f(gate) * linear of x's halves, as the configuration says.
 

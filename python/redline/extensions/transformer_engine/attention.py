@@ -4,8 +4,9 @@
 import torch
 
 from redline.extensions.transformer_engine.extra_state import ExtraState
-from redline.extensions.transformer_engine.module import check, factory_of, fork, option, sharded
-from redline.extensions.transformer_engine.refusals import ONE_RANK, refuse
+from redline.extensions.transformer_engine.module import factory_of, fork, option, sharded
+from redline.extensions.transformer_engine.refusals import ONE_RANK, check, refuse
+from redline.extensions.transformer_engine.table import works
 from redline.layers.core_attention import core_attention
 
 SOFTMAX_TYPES = ("vanilla", "off-by-one", "learnable")
@@ -34,6 +35,10 @@ def _packing(params):
     return {ours: option(params, theirs) for ours, theirs in fields.items()}
 
 
+@works(
+    "`attention`; a bias, dropout, an arbitrary mask: a composition with `softmax`",
+    "dropout or a bias beside packed sequences; causal with unequal lengths; splits of the keys",
+)
 class TEDotProductAttention(ExtraState):
     """softmax(scale q k^T + bias) v: q [s, b, heads, d], k, v [s, b, groups, d] -> [s, b, heads d].
 

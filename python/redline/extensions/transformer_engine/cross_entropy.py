@@ -2,6 +2,7 @@
 """Cross entropy of a vocabulary that may be split over ranks; of one rank, Redline's op."""
 
 from redline import ops, parallel
+from redline.extensions.transformer_engine.table import works
 
 
 def parallel_cross_entropy(
@@ -23,6 +24,7 @@ def parallel_cross_entropy(
     return ops.cross_entropy(logits, labels, reduction, ignore_idx, label_smoothing)
 
 
+@works("`cross_entropy`")
 def te_parallel_cross_entropy(logits, labels, tp_group=None, is_cg_capturable=False):
     """float32 losses [s, b] of logits [s, b, vocabulary] and labels [s, b], -100 ignored."""
     return parallel_cross_entropy(logits, labels, dist_process_group=tp_group)

@@ -5,6 +5,7 @@
 import torch
 
 from redline.extensions.transformer_engine.refusals import PRECISION, refuse
+from redline.extensions.transformer_engine.table import composed
 
 LAYOUTS = ("TN", "NN", "NT")
 
@@ -73,6 +74,10 @@ def general_gemm(
         return out, bias_grad, None, None
 
 
+@composed(
+    "torch.mm, with a float32 output of 16-bit factors",
+    "quantised factors; not differentiable, as there",
+)
 def te_general_gemm(A, B, out_dtype=None, layout="TN", out=None, bias=None, grad=False):
     """`general_gemm` with the arguments in the order that Megatron gives them."""
     return general_gemm(A, B, out_dtype=out_dtype, layout=layout, out=out, bias=bias, grad=grad)

@@ -4,14 +4,15 @@
 from redline import layers
 from redline.extensions.transformer_engine.module import (
     MegatronModule,
-    check,
     factory_of,
     initialise,
     sharded,
 )
-from redline.extensions.transformer_engine.refusals import refuse
+from redline.extensions.transformer_engine.refusals import check, refuse
+from redline.extensions.transformer_engine.table import composed
 
 
+@composed("`linear`, a product per expert")
 class TEGroupedLinear(MegatronModule, layers.GroupedLinear):
     """y_i = x_i W_i^T + bias_i, x_i the rows of expert i: forward(x, m_splits) -> (y, biases).
 
@@ -118,6 +119,7 @@ class TEGroupedLinear(MegatronModule, layers.GroupedLinear):
         return result
 
 
+@composed("`linear`, a product per expert")
 class TEColumnParallelGroupedLinear(TEGroupedLinear):
     """TEGroupedLinear whose weights are marked as split along their outputs."""
 
@@ -132,6 +134,7 @@ class TEColumnParallelGroupedLinear(TEGroupedLinear):
         )
 
 
+@composed("`linear`, a product per expert")
 class TERowParallelGroupedLinear(TEGroupedLinear):
     """TEGroupedLinear whose weights are marked as split along their inputs."""
 

@@ -6,14 +6,14 @@ import torch
 from redline import layers, parallel
 from redline.extensions.transformer_engine.module import (
     MegatronModule,
-    check,
     factory_of,
     initialise,
     mark,
     option,
 )
 from redline.extensions.transformer_engine.norm import TENorm
-from redline.extensions.transformer_engine.refusals import ONE_RANK, refuse
+from redline.extensions.transformer_engine.refusals import ONE_RANK, check, refuse
+from redline.extensions.transformer_engine.table import works
 
 MODES = (None, "column", "row", "duplicated")
 
@@ -51,6 +51,7 @@ class _Product(MegatronModule):
         return y, bias if self.te_return_bias else None
 
 
+@works("`linear`")
 class TELinear(_Product, layers.Linear):
     """y = x W^T + bias: forward(x) -> (y, None), or (y without bias, bias) with skip_bias_add.
 
@@ -97,6 +98,7 @@ class TELinear(_Product, layers.Linear):
         return self.project(x)
 
 
+@works("`linear`")
 class TEColumnParallelLinear(TELinear):
     """TELinear whose output is split over ranks: weight [out, in] along out."""
 
@@ -136,6 +138,7 @@ class TEColumnParallelLinear(TELinear):
         )
 
 
+@works("`linear`")
 class TERowParallelLinear(TELinear):
     """TELinear whose input is split over ranks: weight [out, in] along in."""
 
@@ -172,6 +175,7 @@ class TERowParallelLinear(TELinear):
         )
 
 
+@works("`rms_norm` or `layer_norm`, then `linear`", "experts")
 class TELayerNormColumnParallelLinear(_Product, layers.LayerNormLinear):
     """y = norm(x) W^T + bias, for the packed QKV and the first product of an MLP.
 
@@ -244,6 +248,7 @@ class TELayerNormColumnParallelLinear(_Product, layers.LayerNormLinear):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
 
+@works("copies of the parameters")
 def split_te_layernorm_column_parallel_linear(fused_layer, config, init_method=None, tp_group=None):
     """(TENorm, TEColumnParallelLinear) with copies of a fused layer's parameters."""
     fused = fused_layer
@@ -274,6 +279,7 @@ def split_te_layernorm_column_parallel_linear(fused_layer, config, init_method=N
     return norm, linear
 
 
+@works("an attribute: the input is always kept as it is")
 def set_save_original_input(module):
     """Asks a layer to keep its input as it is; Redline's always do."""
     if not hasattr(module, "save_original_input"):

@@ -9,6 +9,7 @@ from redline.extensions.transformer_engine.linear import (
     TERowParallelLinear,
 )
 from redline.extensions.transformer_engine.module import option
+from redline.extensions.transformer_engine.table import works
 
 
 def _built(name, spec, expected, *sizes, **options):
@@ -20,6 +21,10 @@ def _built(name, spec, expected, *sizes, **options):
     return kind(*sizes, **options, **getattr(spec, "params", {}))
 
 
+@works(
+    "its two linears; `activation` or `gated_activation` adds fc1's bias",
+    "other submodules; other functions than silu, gelu (tanh), relu",
+)
 class TEFusedMLP(torch.nn.Module):
     """y = linear_fc2(act(linear_fc1(x))): forward(hidden_states) -> (y, bias or None).
 

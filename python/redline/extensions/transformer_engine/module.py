@@ -9,7 +9,8 @@ import torch
 
 from redline import parallel
 from redline.extensions.transformer_engine.extra_state import ExtraState
-from redline.extensions.transformer_engine.refusals import PRECISION, check, refuse
+from redline.extensions.transformer_engine.refusals import PRECISION, refuse
+from redline.extensions.transformer_engine.table import works
 
 TRACKERS = {"duplicated": "data-parallel-rng"}
 EXPERT_TRACKER = "expert-parallel-rng"
@@ -31,6 +32,7 @@ def factory_of(config):
     return {"device": device, "dtype": option(config, "params_dtype", torch.float32)}
 
 
+@works("no arithmetic")
 def condition_init_method(config, init_method):
     """init_method, or one that does nothing where config.perform_initialization is off."""
     if option(config, "perform_initialization", True):
@@ -188,6 +190,3 @@ class MegatronModule(ExtraState):
             f"{type(self).__name__}(in_features={self.in_features}, "
             f"out_features={self.out_features}, bias={self.use_bias}, TP={self.tp_size})"
         )
-
-
-__all__ = ["MegatronModule", "check", "condition_init_method", "factory_of", "initialise", "mark"]

@@ -2,8 +2,9 @@
 
 from redline import layers
 from redline.extensions.transformer_engine.extra_state import ExtraState
-from redline.extensions.transformer_engine.module import check, factory_of, option
-from redline.extensions.transformer_engine.refusals import refuse
+from redline.extensions.transformer_engine.module import factory_of, option
+from redline.extensions.transformer_engine.refusals import check, refuse
+from redline.extensions.transformer_engine.table import works
 
 
 class _WeightDType(ExtraState):
@@ -27,6 +28,7 @@ class LayerNorm(_WeightDType, layers.LayerNorm):
     """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, of the weight's dtype."""
 
 
+@works("`rms_norm`; autograd adds the residual's gradient")
 class TEFusedResidualRMSNorm(RMSNorm):
     """forward(x) -> (RMSNorm of x, x), for a block that adds x again behind the norm."""
 
@@ -36,6 +38,7 @@ class TEFusedResidualRMSNorm(RMSNorm):
         return super().forward(x), x
 
 
+@works("`rms_norm`, `layer_norm`")
 class TENorm:
     """TENorm(config, hidden_size) -> the RMSNorm or LayerNorm that config.normalization names.
 

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import torch
 
 from redline.extensions.transformer_engine.refusals import refuse
+from redline.extensions.transformer_engine.table import composed
 
 
 class _Offload(torch.autograd.graph.saved_tensors_hooks):
@@ -35,6 +36,9 @@ class _Offload(torch.autograd.graph.saved_tensors_hooks):
         return x
 
 
+@composed(
+    "torch's saved tensor hooks; copies in order with the computation", "offloading of weights"
+)
 def get_cpu_offload_context(
     enabled,
     num_layers,

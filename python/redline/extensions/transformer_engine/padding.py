@@ -2,6 +2,8 @@
 
 import torch
 
+from redline.extensions.transformer_engine.table import composed
+
 _ALIGN = 16  # what products in FP8 ask of the number of rows
 
 
@@ -26,6 +28,7 @@ class _Padding(torch.nn.Module):
             )
 
 
+@composed("pad, cat and split of torch")
 class Fp8Padding(_Padding):
     """forward(inp [rows, H], m_splits) -> (padded [rows', H], padded_splits).
 
@@ -44,6 +47,7 @@ class Fp8Padding(_Padding):
         return torch.cat(blocks), padded
 
 
+@composed("pad, cat and split of torch")
 class Fp8Unpadding(_Padding):
     """forward(inp [rows', H], m_splits) -> [rows, H]: Fp8Padding the other way, by its m_splits."""
 

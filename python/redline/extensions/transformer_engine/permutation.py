@@ -8,6 +8,7 @@ float32, so that both directions are the same on every run.
 import torch
 
 from redline import ops
+from redline.extensions.transformer_engine.table import composed
 
 MAP_TYPES = ("mask", "index")
 
@@ -96,6 +97,7 @@ def _permute_by_index(inp, indices, rows):
     return _gather_rows(inp, token_of_row, tokens), row_id_map
 
 
+@composed("torch's sort, `embedding`'s gather and its ordered sum")
 def fused_permute(inp, routing_map, num_out_tokens=-1, max_token_num=-1, map_type="mask"):
     """(rows [num_out_tokens, H], row_id_map): each token's row once for each of its experts.
 
@@ -129,6 +131,7 @@ def _probabilities(probs, expert, token):
     return padded.reshape(-1).gather(0, token * probs.shape[1] + expert)
 
 
+@composed("torch's sort, `embedding`'s gather and its ordered sum")
 def fused_permute_with_probs(inp, probs, routing_map, num_out_tokens=-1):
     """(rows, the rows' probabilities [num_out_tokens], row_id_map); probs [T, experts].
 
@@ -143,6 +146,7 @@ def fused_permute_with_probs(inp, probs, routing_map, num_out_tokens=-1):
     return _gather_rows(inp, token, inp.shape[0]), permuted, _row_id_map(routed, rows)
 
 
+@composed("torch's sort, `embedding`'s gather and its ordered sum")
 def fused_permute_and_pad_with_probs(inp, probs, routing_map, tokens_per_expert, align_size):
     """fused_permute_with_probs, each expert's rows filled up with zeros to a multiple.
 
@@ -164,6 +168,7 @@ def fused_permute_and_pad_with_probs(inp, probs, routing_map, tokens_per_expert,
     return out, permuted, row_id_map, pad_offsets, padded
 
 
+@composed("torch's sort, `embedding`'s gather and its ordered sum")
 def fused_unpermute(
     inp,
     row_id_map,
@@ -214,12 +219,14 @@ def _chunk_order(rows, split_sizes, sorted_index):
     return torch.arange(rows, device=order.device) + shift[chunk]
 
 
+@composed("`embedding`'s gather and its ordered sum")
 def fused_sort_chunks_by_index(inp, split_sizes, sorted_index):
     """The chunks of inp's rows, of split_sizes rows each, in the order that sorted_index names."""
     order = torch.as_tensor(sorted_index).to(inp.device)
     return ops.embedding(_chunk_order(inp.shape[0], split_sizes, order), inp)
 
 
+@composed("`embedding`'s gather and its ordered sum")
 def fused_sort_chunks_by_index_with_probs(inp, probs, split_sizes, sorted_index):
     """(fused_sort_chunks_by_index of inp, and of probs [rows])."""
     order = torch.as_tensor(sorted_index).to(inp.device)

@@ -4,16 +4,19 @@ import enum
 from dataclasses import dataclass, fields
 
 from redline.extensions.transformer_engine.refusals import not_built
+from redline.extensions.transformer_engine.table import works
 
 _DISCRIMINATOR = "transformer_engine_config_type"
 
 
+@works("no arithmetic: read, and refused in use")
 class TransformerEngineConfigType(enum.Enum):
     """What stands under the key transformer_engine_config_type."""
 
     TEQuantizationParams = "TEQuantizationParams"
 
 
+@works("no arithmetic: read, and refused in use")
 @dataclass
 class TEQuantizationRecipe:
     """How the products of one module are quantised."""
@@ -60,6 +63,7 @@ class TEQuantizationRecipe:
         return recipe
 
 
+@works("no arithmetic: read, and refused in use")
 @dataclass
 class TEQuantizationParams:
     """The recipe of a module in training, and where given another in evaluation."""

@@ -4,6 +4,8 @@ from contextlib import contextmanager
 
 import torch
 
+from redline.extensions.transformer_engine.table import works
+
 
 def _on_cuda():
     return torch.cuda.is_available()
@@ -69,6 +71,7 @@ class CudaRNGStatesTracker:
             _set_state(before)
 
 
+@works("torch's generators; the CPU's where there is no GPU")
 class TECudaRNGStatesTracker(CudaRNGStatesTracker):
     """CudaRNGStatesTracker that knows whether a state was ever given to it."""
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 import torch.utils.checkpoint
 
 from redline import parallel
+from redline.extensions.transformer_engine.table import works
 
 
 @contextmanager
@@ -49,6 +50,7 @@ def checkpoint(
     )
 
 
+@works("torch.utils.checkpoint, not reentrant")
 def te_checkpoint(
     forward_func,
     distribute_saved_activations,

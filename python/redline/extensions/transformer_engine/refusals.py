@@ -1,5 +1,7 @@
 """Refusals of what is not built: the name, what was expected, what came and what works."""
 
+from redline.extensions.transformer_engine.table import ENTRIES, Entry
+
 
 class NotBuilt(NotImplementedError, ValueError):
     """A value that Transformer Engine takes and Redline does not build."""
@@ -51,4 +53,5 @@ def not_built(name, why, instead):
 
     refusing.__name__ = refusing.__qualname__ = name
     refusing.__doc__ = f"{name}: {why}; {instead}"
+    ENTRIES[name] = Entry("refused", why, f"everything: {instead}")
     return refusing

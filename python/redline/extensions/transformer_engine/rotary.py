@@ -7,6 +7,7 @@ import torch
 
 from redline import ops
 from redline.extensions.transformer_engine.refusals import ONE_RANK, refuse
+from redline.extensions.transformer_engine.table import works
 
 FORMATS = ("sbhd", "bshd", "thd")
 
@@ -51,6 +52,7 @@ def apply_rotary_pos_emb(
     return ops.rotary(t, cos, sin, positions, interleaved, tensor_format, cu_seqlens=cu_seqlens)
 
 
+@works("`rotary`")
 def fused_apply_rotary_pos_emb(t, freqs, transpose_output_memory=False, interleaved=False):
     """t [s, b, heads, d] turned by the angles freqs [positions, 1, 1, rotary_dim]."""
     if transpose_output_memory:
@@ -60,6 +62,7 @@ def fused_apply_rotary_pos_emb(t, freqs, transpose_output_memory=False, interlea
     return apply_rotary_pos_emb(t, freqs, "sbhd", interleaved=interleaved)
 
 
+@works("`rotary`", "context parallel")
 def fused_apply_rotary_pos_emb_thd(t, cu_seqlens, freqs, cp_size=1, cp_rank=0, interleaved=False):
     """t [tokens, heads, d], each sequence of cu_seqlens [n + 1] turned from position 0 on."""
     return apply_rotary_pos_emb(

@@ -8,6 +8,7 @@ is the same on every run and device.
 import torch
 
 from redline.extensions.transformer_engine.refusals import refuse
+from redline.extensions.transformer_engine.table import composed
 
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 _TINY = 1e-20
@@ -47,6 +48,9 @@ def _map_of(chosen, like):
     return torch.zeros_like(like, dtype=torch.bool).scatter(-1, chosen, True)
 
 
+@composed(
+    "torch, in float32; of equal scores the lower expert", "bitmaps, histograms, given experts"
+)
 def fused_topk_with_score_function(
     logits,
     topk,
@@ -97,6 +101,7 @@ def fused_topk_with_score_function(
     return probs, _map_of(chosen, x)
 
 
+@composed("torch, in float32", "bitmaps")
 def fused_compute_score_for_moe_aux_loss(
     logits, topk, score_function, routing_map_format="bytemap"
 ):
@@ -117,6 +122,7 @@ def fused_compute_score_for_moe_aux_loss(
     return _map_of(_top(scores.detach(), topk), x), scores
 
 
+@composed("torch, in float32, in a fixed order")
 def fused_moe_aux_loss(probs, tokens_per_expert, total_num_tokens, num_experts, topk, coeff):
     """coeff experts / (topk T^2) sum_e n_e sum_t probs[t, e], a scalar (Fedus et al., 2021).
 

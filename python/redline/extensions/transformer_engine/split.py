@@ -2,7 +2,10 @@
 
 import torch
 
+from redline.extensions.transformer_engine.table import composed
 
+
+@composed("torch.split")
 def SplitAlongDim(tensor, dim, sizes, squeeze=False):
     """Views of tensor, of these sizes along dim; without that dimension where squeeze says so.
 
