@@ -9,7 +9,8 @@ add_library(
   redline/layers/mlp.cpp
   redline/layers/norm.cpp
   redline/layers/rotary.cpp
-  redline/layers/transformer_layer.cpp)
+  redline/layers/transformer_layer.cpp
+  redline/layers/weight_gradient.cpp)
 target_link_libraries(redline PUBLIC redline_ops)
 target_compile_options(redline PRIVATE -g0)
 # torch/torch.h costs g++ 28 s: it is compiled once, and the programs below use the same.

@@ -40,52 +40,27 @@ def on(device, **changes):
 IN, OUT = 8, 6
 
 
-def make_linear(mode="column", config=None, **changes):
-    given = {
-        "parallel_mode": mode,
-        "config": config or configuration(),
-        "init_method": torch.nn.init.normal_,
-        "bias": True,
-        "skip_bias_add": False,
-        "skip_weight_param_allocation": False,
-    }
-    return te.TELinear(IN, OUT, **(given | changes))
+def _made(kind, config, **given):
+    shared = {"config": config or configuration(), "init_method": torch.nn.init.normal_}
+    shared |= {"bias": True, "skip_bias_add": False, "is_expert": False}
+    return getattr(te, kind)(IN, OUT, **(shared | given))
 
 
 def make_column(config=None, **changes):
-    given = {
-        "config": config or configuration(),
-        "init_method": torch.nn.init.normal_,
-        "gather_output": False,
-        "bias": True,
-        "skip_bias_add": False,
-        "is_expert": False,
-    }
-    return te.TEColumnParallelLinear(IN, OUT, **(given | changes))
+    return _made("TEColumnParallelLinear", config, **({"gather_output": False} | changes))
+
+
+def make_linear(mode="column", config=None, **changes):
+    given = {"parallel_mode": mode, "skip_weight_param_allocation": False}
+    return _made("TELinear", config, **(given | changes))
 
 
 def make_row(config=None, **changes):
-    given = {
-        "config": config or configuration(),
-        "init_method": torch.nn.init.normal_,
-        "bias": True,
-        "input_is_parallel": True,
-        "skip_bias_add": False,
-        "is_expert": False,
-    }
-    return te.TERowParallelLinear(IN, OUT, **(given | changes))
+    return _made("TERowParallelLinear", config, **({"input_is_parallel": True} | changes))
 
 
 def make_norm_linear(config=None, **changes):
-    given = {
-        "config": config or configuration(),
-        "init_method": torch.nn.init.normal_,
-        "gather_output": False,
-        "bias": True,
-        "skip_bias_add": False,
-        "is_expert": False,
-    }
-    return te.TELayerNormColumnParallelLinear(IN, OUT, **(given | changes))
+    return _made("TELayerNormColumnParallelLinear", config, **({"gather_output": False} | changes))
 
 
 FLAVOURS = {

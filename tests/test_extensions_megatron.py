@@ -138,3 +138,61 @@ def test_gated_mlp_is_sharded_by_halves(metadata):
     sharded = te.TEFusedMLP(config, parts).sharded_state_dict("mlp.", (), metadata)
     assert type(sharded["mlp.linear_fc1.weight"]).__name__ == "ShardedTensorFactory"
     assert sharded["mlp.linear_fc2.weight"].global_shape == (8, 32)
+
+
+def layer_of(config, mlp):
+    """Megatron's own transformer layer out of the new address's parts."""
+    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+    from megatron.core.transformer import attention, spec_utils, transformer_layer
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+
+    heads = attention.SelfAttentionSubmodules(
+        linear_qkv=te.TELayerNormColumnParallelLinear,
+        core_attention=te.TEDotProductAttention,
+        linear_proj=te.TERowParallelLinear,
+        q_layernorm=te.TENorm,
+        k_layernorm=te.TENorm,
+    )
+    parts = MLPSubmodules(
+        linear_fc1=te.TELayerNormColumnParallelLinear, linear_fc2=te.TERowParallelLinear
+    )
+    spec = spec_utils.ModuleSpec(
+        module=transformer_layer.TransformerLayer,
+        submodules=transformer_layer.TransformerLayerSubmodules(
+            self_attention=spec_utils.ModuleSpec(
+                module=attention.SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=heads,
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            mlp=spec_utils.ModuleSpec(module=mlp or MLP, submodules=parts),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return spec_utils.build_module(spec, config=config, layer_number=1)
+
+
+@pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
+def test_megatrons_layer_trains_on_these_parts(normalization, metadata):
+    config = configuration(
+        num_query_groups=1,
+        normalization=normalization,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        bias_activation_fusion=False,
+        qk_layernorm=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+    layer, fused = layer_of(config, None), layer_of(config, te.TEFusedMLP)
+    fused.load_state_dict(layer.state_dict())
+    x, outputs = torch.randn(7, 2, 8), []
+    for each in (layer, fused):
+        y, _ = each(x, attention_mask=None)
+        y.square().sum().backward()
+        outputs.append([y, *(parameter.grad for parameter in each.parameters())])
+    for a, b in zip(*outputs, strict=True):
+        torch.testing.assert_close(a, b)
+    earlier = layer(x[:4], attention_mask=None)[0]
+    torch.testing.assert_close(earlier, outputs[0][0][:4])  # causal

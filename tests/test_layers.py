@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from megatron_config import configuration
 from redline.dyno.parts import why_no_compiler
+from redline.extensions import transformer_engine as te
 from redline.layers import (
     GPT,
     Attention,
@@ -338,3 +340,27 @@ def test_cpp_gives_the_same_bits(name, cpp_outputs):
     assert sorted(ours) == sorted(theirs)
     for key, value in ours.items():
         assert torch.equal(value, theirs[key]), key
+
+
+def test_cpp_accumulates_the_same_main_grad(cpp_outputs):
+    torch.manual_seed(1)
+    layer = te.TELayerNormColumnParallelLinear(
+        HIDDEN,
+        5,
+        config=configuration(
+            normalization="LayerNorm", gradient_accumulation_fusion=True, delay_wgrad_compute=True
+        ),
+        init_method=lambda weight: torch.nn.init.normal_(weight, 0.0, 0.023),
+        gather_output=False,
+        bias=True,
+        skip_bias_add=False,
+        is_expert=False,
+    )
+    layer.weight.main_grad = torch.full_like(layer.weight, float("nan"))
+    x = torch.randn(2, 7, HIDDEN)
+    for _ in range(2):
+        layer(x)[0].sum().backward()
+    for _ in range(2):
+        layer.backward_dw()
+    assert torch.equal(cpp_outputs["main_grad/main_grad"], layer.weight.main_grad)
+    assert torch.equal(cpp_outputs["main_grad/bias"], layer.bias.grad)

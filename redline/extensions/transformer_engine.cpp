@@ -2,7 +2,7 @@
 
 #include "redline/layers/attention.h"
 
-namespace redline::extensions {
+namespace redline::extensions::transformer_engine {
 namespace {
 
 layers::NormOptions norm_options(const char* layer, const TransformerConfig& config,
@@ -23,10 +23,17 @@ void check_one_rank(const char* layer, const TransformerConfig& config) {
                     ": context_parallel_size: expected 1, not ", config.context_parallel_size);
 }
 
-OutputAndBias project(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                      bool skip_bias_add) {
-  if (skip_bias_add && bias.defined()) return {torch::linear(x, weight), bias};
-  return {torch::linear(x, weight, bias), std::nullopt};
+layers::WeightGradient weight_gradient(const TransformerConfig& config) {
+  return layers::WeightGradient({.accumulate_main_grad = config.gradient_accumulation_fusion,
+                                 .delay_weight_grad = config.delay_wgrad_compute});
+}
+
+// The layer's weight and bias on what it reads.
+template <typename Layer>
+OutputAndBias project(Layer& layer, const Tensor& x) {
+  if (layer.options.skip_bias_add && layer.bias.defined())
+    return {layer.gradient.product(x, layer.weight, {}), layer.bias};
+  return {layer.gradient.product(x, layer.weight, layer.bias), std::nullopt};
 }
 
 }  // namespace
@@ -56,12 +63,11 @@ TELinearImpl::TELinearImpl(const TELinearOptions& options) : options(options) {
 void TELinearImpl::reset() {
   weight = register_parameter("weight", torch::empty({options.output_size, options.input_size}));
   if (options.bias) bias = register_parameter("bias", torch::zeros({options.output_size}));
+  gradient = weight_gradient(options.config);
   torch::nn::init::normal_(weight, 0.0, 0.023);
 }
 
-OutputAndBias TELinearImpl::forward(const Tensor& x) {
-  return project(x, weight, bias, options.skip_bias_add);
-}
+OutputAndBias TELinearImpl::forward(const Tensor& x) { return project(*this, x); }
 
 TELayerNormColumnParallelLinearImpl::TELayerNormColumnParallelLinearImpl(
     const TELinearOptions& options)
@@ -76,12 +82,12 @@ void TELayerNormColumnParallelLinearImpl::reset() {
   gain = layers::register_gain(*this, options.input_size, norm);
   weight = register_parameter("weight", torch::empty({options.output_size, options.input_size}));
   if (options.bias) bias = register_parameter("bias", torch::zeros({options.output_size}));
+  gradient = weight_gradient(options.config);
   torch::nn::init::normal_(weight, 0.0, 0.023);
 }
 
 OutputAndBias TELayerNormColumnParallelLinearImpl::forward(const Tensor& x) {
-  const Tensor normed = layers::normalize(x.to(gain.weight.scalar_type()), gain, norm);
-  return project(normed, weight, bias, options.skip_bias_add);
+  return project(*this, layers::normalize(x.to(gain.weight.scalar_type()), gain, norm));
 }
 
 TEDotProductAttentionImpl::TEDotProductAttentionImpl(const TEDotProductAttentionOptions& options)
@@ -106,4 +112,4 @@ Tensor TEDotProductAttentionImpl::forward(const Tensor& q, const Tensor& k, cons
        .dropout = is_training() ? options.config.attention_dropout : 0.0});
 }
 
-}  // namespace redline::extensions
+}  // namespace redline::extensions::transformer_engine

@@ -7,6 +7,7 @@
 #include "redline/layers/norm.h"
 
 namespace redline::extensions {
+inline namespace transformer_engine {  // redline::extensions::TENorm is the same type
 
 using torch::Tensor;
 
@@ -17,6 +18,8 @@ struct TransformerConfig {
   bool layernorm_zero_centered_gamma = false;
   double attention_dropout = 0.0;
   std::optional<std::array<int64_t, 2>> window_size = {};
+  bool gradient_accumulation_fusion = false;  // into the layer's gradient.main_grad
+  bool delay_wgrad_compute = false;           // left to backward_dw()
   int64_t tensor_model_parallel_size = 1;
   int64_t context_parallel_size = 1;
 };
@@ -51,17 +54,22 @@ class TENormImpl : public torch::nn::Cloneable<TENormImpl> {
 };
 TORCH_MODULE(TENorm);
 
-// y = x W^T + bias.
+// y = x W^T + bias, (y, none), or (y without bias, bias) with skip_bias_add.
 class TELinearImpl : public torch::nn::Cloneable<TELinearImpl> {
  public:
   explicit TELinearImpl(const TELinearOptions& options);
   void reset() override;
   OutputAndBias forward(const Tensor& x);
+  void backward_dw() { gradient.backward_dw(weight); }
 
   TELinearOptions options;
   Tensor weight, bias;
+  layers::WeightGradient gradient;
 };
 using TELinear = layers::Holder<TELinearImpl, TELinearOptions>;
+// Of one rank, which holds the whole weight.
+using TEColumnParallelLinear = TELinear;
+using TERowParallelLinear = TELinear;
 
 // y = norm(x) W^T + bias, for the packed QKV and the first product of an MLP.
 class TELayerNormColumnParallelLinearImpl
@@ -70,11 +78,13 @@ class TELayerNormColumnParallelLinearImpl
   explicit TELayerNormColumnParallelLinearImpl(const TELinearOptions& options);
   void reset() override;
   OutputAndBias forward(const Tensor& x);
+  void backward_dw() { gradient.backward_dw(weight); }
 
   TELinearOptions options;
   layers::NormOptions norm;
   layers::Gain gain;
   Tensor weight, bias;
+  layers::WeightGradient gradient;
 };
 using TELayerNormColumnParallelLinear =
     layers::Holder<TELayerNormColumnParallelLinearImpl, TELinearOptions>;
@@ -91,4 +101,5 @@ class TEDotProductAttentionImpl : public torch::nn::Cloneable<TEDotProductAttent
 using TEDotProductAttention =
     layers::Holder<TEDotProductAttentionImpl, TEDotProductAttentionOptions>;
 
+}  // namespace transformer_engine
 }  // namespace redline::extensions

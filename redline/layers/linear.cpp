@@ -25,10 +25,11 @@ LinearImpl::LinearImpl(const LinearOptions& options) : options(options) { reset(
 void LinearImpl::reset() {
   weight = register_parameter("weight", torch::empty({options.out_features, options.in_features}));
   if (options.bias) bias = register_parameter("bias", torch::empty({options.out_features}));
+  gradient = WeightGradient(options.weight_gradient);
   reset_linear(weight, bias);
 }
 
-Tensor LinearImpl::forward(const Tensor& x) { return torch::linear(x, weight, bias); }
+Tensor LinearImpl::forward(const Tensor& x) { return gradient.product(x, weight, bias); }
 
 LayerNormLinearImpl::LayerNormLinearImpl(const LayerNormLinearOptions& options) : options(options) {
   reset();
@@ -38,17 +39,18 @@ void LayerNormLinearImpl::reset() {
   gain = register_gain(*this, options.in_features, options.norm);
   weight = register_parameter("weight", torch::empty({options.out_features, options.in_features}));
   if (options.bias) bias = register_parameter("bias", torch::empty({options.out_features}));
+  gradient = WeightGradient(options.weight_gradient);
   reset_linear(weight, bias);
 }
 
 Tensor LayerNormLinearImpl::forward(const Tensor& x) {
-  return torch::linear(normalize(x, gain, options.norm), weight, bias);
+  return gradient.product(normalize(x, gain, options.norm), weight, bias);
 }
 
 std::tuple<Tensor, Tensor> LayerNormLinearImpl::forward_residual(const Tensor& x,
                                                                  const Tensor& residual) {
   auto [normed, sum] = normalize_residual(x, residual, gain, options.norm);
-  return {torch::linear(normed, weight, bias), sum};
+  return {gradient.product(normed, weight, bias), sum};
 }
 
 }  // namespace redline::layers

@@ -3,6 +3,7 @@
 
 #include "redline/layers/module.h"
 #include "redline/layers/norm.h"
+#include "redline/layers/weight_gradient.h"
 
 namespace redline::layers {
 
@@ -10,6 +11,7 @@ struct LinearOptions {
   int64_t in_features = 0;
   int64_t out_features = 0;
   bool bias = true;
+  WeightGradientOptions weight_gradient = {};
 };
 
 struct LayerNormLinearOptions {
@@ -17,6 +19,7 @@ struct LayerNormLinearOptions {
   int64_t out_features = 0;
   bool bias = true;
   NormOptions norm = {};
+  WeightGradientOptions weight_gradient = {};
 };
 
 // y = x W^T + bias; weight [out, in], bias [out].
@@ -25,9 +28,11 @@ class LinearImpl : public torch::nn::Cloneable<LinearImpl> {
   explicit LinearImpl(const LinearOptions& options);
   void reset() override;
   Tensor forward(const Tensor& x);
+  void backward_dw() { gradient.backward_dw(weight); }
 
   LinearOptions options;
   Tensor weight, bias;
+  WeightGradient gradient;
 };
 using Linear = Holder<LinearImpl, LinearOptions>;
 
@@ -39,10 +44,12 @@ class LayerNormLinearImpl : public torch::nn::Cloneable<LayerNormLinearImpl> {
   Tensor forward(const Tensor& x);
   // {y, x + residual}.
   std::tuple<Tensor, Tensor> forward_residual(const Tensor& x, const Tensor& residual);
+  void backward_dw() { gradient.backward_dw(weight); }
 
   LayerNormLinearOptions options;
   Gain gain;
   Tensor weight, bias;
+  WeightGradient gradient;
 };
 using LayerNormLinear = Holder<LayerNormLinearImpl, LayerNormLinearOptions>;
 

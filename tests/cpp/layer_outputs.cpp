@@ -1,8 +1,10 @@
 // Writes parameters, outputs and gradients of the C++ layers to a safetensors file, from one seed:
 // tests/test_layers.py makes the same with the Python layers and compares bits.
+#include <cmath>
 #include <cstdio>
 
 #include "examples/cpp/safetensors.h"
+#include "redline/extensions/transformer_engine.h"
 #include "redline/layers/gpt.h"
 
 namespace {
@@ -45,6 +47,22 @@ void record_gpt(const std::string& name, bool tied) {
   }
 }
 
+// main_grad after two delayed gradients, of which the first overwrites.
+void record_main_grad() {
+  torch::manual_seed(1);
+  redline::extensions::transformer_engine::TELayerNormColumnParallelLinear layer(
+      {.input_size = 16,
+       .output_size = 5,
+       .config = {.gradient_accumulation_fusion = true, .delay_wgrad_compute = true}});
+  layer->gradient.main_grad = torch::full({5, 16}, NAN);
+  layer->gradient.overwrite = true;
+  const Tensor x = torch::randn({2, 7, 16});
+  for (int step = 0; step < 2; ++step) std::get<0>(layer->forward(x)).sum().backward();
+  for (int step = 0; step < 2; ++step) layer->backward_dw();
+  outputs.tensors["main_grad/main_grad"] = layer->gradient.main_grad;
+  outputs.tensors["main_grad/bias"] = layer->bias.grad();
+}
+
 void record_all() {
   using namespace redline::layers;
   record("RMSNorm", [] { return RMSNorm({.dim = 16, .epsilon = 1e-6}); });
@@ -69,6 +87,7 @@ void record_all() {
   });
   record_gpt("GPT", /*tied=*/false);
   record_gpt("GPT-tied", /*tied=*/true);
+  record_main_grad();
 }
 
 }  // namespace
