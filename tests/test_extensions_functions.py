@@ -264,6 +264,15 @@ def test_offload(device):
         assert torch.equal(a, b)
 
 
+def test_offload_that_is_off_refuses_nothing():
+    context, sync = te.get_cpu_offload_context(False, 1, 2, True, True)
+    with context:
+        assert sync(3) == 3
+    context, _ = te.get_cpu_offload_context(True, 1, 2, False)
+    with context:
+        torch.ones(2, requires_grad=True).exp().sum().backward()
+
+
 def test_offload_copies_activations_of_the_first_layers_alone():
     context, sync = te.get_cpu_offload_context(True, 1, 2)
     weight, x = torch.nn.Parameter(torch.ones(3, 3)), torch.ones(2, 3, requires_grad=True)

@@ -49,6 +49,20 @@ def test_forward_and_backward(make, normalization, skip, device):
         assert_close(grad.cpu(), grad64, roundings=8, sums=32, what=f"{name}_grad")
 
 
+@flavours
+def test_compiles_without_a_break(make):
+    layer, x = make(), torch.randn(3, IN, requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    grads = [
+        torch.autograd.grad(call(x)[0].sum(), [x, *layer.parameters()])
+        for call in (layer, compiled, compiled)
+    ]
+    for other in grads[1:]:
+        for a, b in zip(grads[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
 def attributes(parameter):
     names = ("tensor_model_parallel", "partition_dim", "partition_stride", "sequence_parallel")
     return tuple(getattr(parameter, name, None) for name in (*names, "allreduce"))

@@ -61,8 +61,9 @@ def test_permute(dtype, device):
     upstream = torch.randn_like(y)
     (grad,) = torch.autograd.grad(y, x, upstream)
     assert_close(grad.cpu(), summed(upstream, rows), dtype, sums=4)
-    counted, again = te.fused_permute(x, mask.int())
-    assert torch.equal(counted, y) and torch.equal(again, row_id_map)
+    for count in (-1, None, torch.tensor(len(rows))):
+        counted, again = te.fused_permute(x, mask.int(), count)
+        assert torch.equal(counted, y) and torch.equal(again, row_id_map)
 
 
 @devices

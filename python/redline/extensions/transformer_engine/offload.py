@@ -53,6 +53,8 @@ def get_cpu_offload_context(
     The activations of the first num_layers layers wait for backward in the CPU's memory. Copies are
     in order with the computation: double_buffering and retain_pinned_cpu_buffers have no effect.
     """
+    if not enabled:
+        return nullcontext(), lambda x: x
     refuse(
         "get_cpu_offload_context",
         "weight_offloading",
@@ -60,7 +62,7 @@ def get_cpu_offload_context(
         (False,),
         "offloading of weights is not built; that of activations works",
     )
-    if not enabled or not activation_offloading:
+    if not activation_offloading:
         return nullcontext(), lambda x: x
     offload = _Offload(num_layers, model_layers)
     return offload, offload.next_layer

@@ -108,11 +108,17 @@ def fused_permute(inp, routing_map, num_out_tokens=-1, max_token_num=-1, map_typ
     _check_map_type("fused_permute", map_type)
     _check_map("fused_permute", inp, routing_map)
     if map_type == "index":
-        return _permute_by_index(inp, routing_map, num_out_tokens)
+        return _permute_by_index(inp, routing_map, int(num_out_tokens))
     routed = routing_map.bool()
-    rows = num_out_tokens if num_out_tokens > 0 else int(routed.sum())
+    rows = _row_count(num_out_tokens, routed)
     token_of_row = _owned(routed, rows)[1]
     return _gather_rows(inp, token_of_row, inp.shape[0]), _row_id_map(routed, rows)
+
+
+def _row_count(num_out_tokens, routed):
+    """The number given, which may be a tensor's; None and what is not above 0 ask for a count."""
+    rows = 0 if num_out_tokens is None else int(num_out_tokens)
+    return rows if rows > 0 else int(routed.sum())
 
 
 def _owned(routed, rows):
@@ -139,7 +145,7 @@ def fused_permute_with_probs(inp, probs, routing_map, num_out_tokens=-1):
     """
     _check_map("fused_permute_with_probs", inp, routing_map)
     routed = routing_map.bool()
-    rows = num_out_tokens if num_out_tokens > 0 else int(routed.sum())
+    rows = _row_count(num_out_tokens, routed)
     expert, token = _owned(routed, rows)
     permuted = _probabilities(probs, expert, token)
     token = torch.where(permuted.detach() == 0, inp.shape[0], token)
