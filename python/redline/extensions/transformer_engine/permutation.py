@@ -90,7 +90,9 @@ def _permute_by_index(inp, indices, rows):
     flat = indices.reshape(-1)
     order = torch.argsort(torch.where(flat < 0, torch.iinfo(flat.dtype).max, flat), stable=True)
     rows = rows if rows > 0 else flat.numel()
-    row_of_pair = torch.empty_like(order).scatter(0, order, torch.arange(len(order)).to(order))
+    row_of_pair = torch.empty_like(order).scatter(
+        0, order, torch.arange(len(order), device=order.device)
+    )
     row_of_pair = torch.where((row_of_pair < rows) & (flat >= 0), row_of_pair, -1)
     token_of_row = torch.where(flat[order[:rows]] < 0, tokens, order[:rows] // slots)
     row_id_map = row_of_pair.view(tokens, slots).T.reshape(-1).int()
