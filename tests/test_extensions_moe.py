@@ -197,9 +197,11 @@ def test_grouped_linear_marks_its_parameters():
     assert column.rng_tracker_name == "expert-parallel-rng"
 
 
-@pytest.mark.parametrize("delayed", [False, True], ids=["at_once", "delayed"])
-def test_grouped_linear_accumulates_main_grad(delayed):
-    changes = {"gradient_accumulation_fusion": True, "delay_wgrad_compute": delayed}
+@pytest.mark.parametrize(
+    "delay", [None, "delay_wgrad_compute", "overlap_dispatch_backward_with_experts_wgrad"]
+)
+def test_grouped_linear_accumulates_main_grad(delay):
+    changes = {"gradient_accumulation_fusion": True} | ({delay: True} if delay else {})
     layer, fired = make_grouped(config=configuration(**changes)), []
     for weight in layer.weights():
         weight.main_grad = torch.full_like(weight, float("nan"))
@@ -209,7 +211,7 @@ def test_grouped_linear_accumulates_main_grad(delayed):
     for _ in range(2):
         layer(x, SPLITS)[0].sum().backward()
         layer.backward_dw()
-    assert len(fired) == 2 * delayed
+    assert len(fired) == (2 if delay else 0)
     weights = [weight.detach().double().requires_grad_() for weight in layer.weights()]
     stock = 2 * by_expert(x.double(), weights, [None] * GROUPS).sum()
     for weight, truth in zip(layer.weights(), torch.autograd.grad(stock, weights), strict=True):

@@ -6,6 +6,7 @@ from redline.extensions.transformer_engine.module import (
     MegatronModule,
     factory_of,
     initialise,
+    option,
     sharded,
 )
 from redline.extensions.transformer_engine.refusals import check, refuse
@@ -57,6 +58,13 @@ class TEGroupedLinear(MegatronModule, layers.GroupedLinear):
             self.mark_parameters(*parameters)
         self.built = True
         self.reset_parameters()
+
+    def gradient_options(self):
+        options = super().gradient_options()
+        options["delay_weight_grad"] |= option(
+            self.config, "overlap_dispatch_backward_with_experts_wgrad", False
+        )
+        return options
 
     def reset_parameters(self):
         """Fills the parameters by init_method, expert by expert; nothing while they are made."""
