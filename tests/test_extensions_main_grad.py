@@ -61,6 +61,17 @@ def test_without_the_transpose_cache_every_microbatch_accumulates(make):
     assert_close(layer.weight.main_grad, 2 * expected_grad(layer, x), sums=32, roundings=2)
 
 
+def test_compiled_layers_keep_the_handshake():
+    layer, x = fused(make_column, disable_parameter_transpose_cache=True)
+    layer.weight.main_grad.zero_()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        compiled(x)[0].sum().backward()
+    assert layer.weight.grad_added_to_main_grad is True
+    assert_close(layer.weight.main_grad, 2 * expected_grad(layer, x), sums=32)
+
+
 def test_overwrite_main_grad_overwrites_every_time():
     layer, x = fused(make_column)
     layer.weight.overwrite_main_grad = True

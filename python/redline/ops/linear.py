@@ -58,7 +58,7 @@ def linear(
     float32 buffer the gradient of 16-bit factors is never rounded to 16 bits.
     delayed: backward leaves the weight's gradient in this queue, for its pop(), and gives autograd
     nothing for it. tp_group and sequence_parallel are refused: products over more ranks are not
-    built. ``torch.compile`` takes everything but `delayed`.
+    built. Under ``torch.compile`` the graph breaks at a product with `delayed`; all else is traced.
 
     >>> linear(torch.ones(1, 2), torch.tensor([[1.0, 2.0]]), torch.tensor([0.5]))
     tensor([[3.5000]])
