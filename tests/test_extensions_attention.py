@@ -178,8 +178,8 @@ def test_dropout_is_for_training_alone():
     expected = plain(q, k, v, None, AttnMaskType.causal)
     assert not torch.allclose(y, expected)
     torch.manual_seed(4)
-    mean = sum(layer(q, k, v, None, AttnMaskType.causal) for _ in range(400)) / 400
-    assert (mean - expected).norm() < 0.15 * expected.norm()
+    mean = sum(layer(q, k, v, None, AttnMaskType.causal) for _ in range(200)) / 200
+    assert (mean - expected).norm() < 0.2 * expected.norm()
     assert torch.equal(layer.eval()(q, k, v, None, AttnMaskType.causal), expected)
     explicit = make_attention(configuration(attention_dropout=0.5), attention_dropout=0.0)
     assert torch.equal(explicit(q, k, v, None, AttnMaskType.causal), expected)

@@ -153,18 +153,52 @@ def test_initialisation_draws_once(make):
     assert drawn == [(OUT, IN)]
 
 
-def test_residual_norm_gives_its_input_too():
-    config = configuration(fused_residual_rmsnorm=True)
+@devices
+@pytest.mark.parametrize("zero_centered", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_residual_norm_gives_its_input_too(dtype, zero_centered, device):
+    config = on(
+        device,
+        fused_residual_rmsnorm=True,
+        params_dtype=dtype,
+        layernorm_zero_centered_gamma=zero_centered,
+    )
     norm = te.TENorm(config, IN, has_residual=True)
     assert isinstance(norm, te.TEFusedResidualRMSNorm) and norm.returns_residual
-    x = torch.randn(3, IN, requires_grad=True)
-    y, residual = norm(x)
-    assert residual is x
-    (grad,) = torch.autograd.grad(y.sum() + residual.sum(), x)
-    x64 = x.detach().double().requires_grad_()
-    total = reference.rms_norm(x64, torch.ones(IN).double()).sum() + x64.sum()
-    assert_close(grad, torch.autograd.grad(total, x64)[0], roundings=2, sums=8)
     assert not te.TENorm(config, IN).returns_residual
+    x = randn(3, 5, IN, dtype=dtype, device=device).requires_grad_()
+    y, residual = norm(x)
+    assert torch.equal(residual, x) and residual.data_ptr() == x.data_ptr()
+    x64, weight64 = wide(x, norm.weight)
+    y64 = reference.rms_norm(x64, weight64, zero_centered=zero_centered)
+    assert_close(y.cpu(), y64, dtype)
+    upstream = [torch.randn_like(x) for _ in range(2)]
+    grads = torch.autograd.grad([y, residual], [x, norm.weight], upstream)
+    upstream64 = [grad.cpu().double() for grad in upstream]
+    grads64 = torch.autograd.grad([y64, x64], [x64, weight64], upstream64)
+    for grad, grad64 in zip(grads, grads64, strict=True):
+        assert_close(grad.cpu(), grad64, dtype, sums=16)
+
+
+@pytest.mark.parametrize("used", [0, 1], ids=["normed", "residual"])
+def test_residual_norm_of_which_one_output_is_used(used):
+    norm = te.TENorm(configuration(fused_residual_rmsnorm=True), IN, has_residual=True)
+    x = torch.randn(3, IN, requires_grad=True)
+    upstream = torch.randn_like(x)
+    (grad,) = torch.autograd.grad(norm(x)[used], x, upstream)
+    (x64,) = wide(x)
+    outputs = reference.rms_norm(x64, torch.ones(IN).double()), x64
+    (grad64,) = torch.autograd.grad(outputs[used], x64, upstream.double())
+    assert_close(grad, grad64, roundings=4, sums=16)
+
+
+def test_residual_norm_leaves_a_wider_stream_alone():
+    config = configuration(fused_residual_rmsnorm=True, params_dtype=torch.bfloat16)
+    x = torch.randn(3, IN, requires_grad=True)
+    y, residual = te.TENorm(config, IN, has_residual=True)(x)
+    assert y.dtype == torch.bfloat16 and residual is x
+    (y.float().sum() + residual.sum()).backward()
+    assert x.grad.dtype == torch.float32
 
 
 # --- refusals -----------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """TENorm and TEFusedResidualRMSNorm."""
 
+import torch
+
 from redline import layers
 from redline.extensions.transformer_engine.extra_state import ExtraState
 from redline.extensions.transformer_engine.module import factory_of, option
@@ -28,14 +30,39 @@ class LayerNorm(_WeightDType, layers.LayerNorm):
     """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, of the weight's dtype."""
 
 
-@works("`rms_norm`; autograd adds the residual's gradient")
+class _NormAndInput(torch.autograd.Function):
+    """(rms_norm(x), x); backward adds x's own gradient in the norm's pass, before its rounding."""
+
+    @staticmethod
+    def forward(ctx, x, weight, epsilon, zero_centered):
+        op = torch.ops.redline.rms_norm_forward
+        y, _, inverse_rms = op(x, None, weight, epsilon, zero_centered, None)
+        ctx.save_for_backward(x, weight, inverse_rms)
+        ctx.zero_centered = zero_centered
+        ctx.set_materialize_grads(False)
+        return y, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, y_grad, x_grad):
+        if y_grad is None:
+            return x_grad, None, None, None
+        x, weight, inverse_rms = ctx.saved_tensors
+        options = (ctx.zero_centered, None, ctx.needs_input_grad[1])
+        op = torch.ops.redline.rms_norm_backward
+        total, weight_grad = op(y_grad, x, weight, inverse_rms, x_grad, *options)
+        return total, weight_grad if ctx.needs_input_grad[1] else None, None, None
+
+
+@works("`rms_norm`, whose backward adds the residual's gradient in its own pass")
 class TEFusedResidualRMSNorm(RMSNorm):
     """forward(x) -> (RMSNorm of x, x), for a block that adds x again behind the norm."""
 
     returns_residual = True
 
     def forward(self, x):
-        return super().forward(x), x
+        if x.dtype != self.weight.dtype:  # a wider residual stream stays as it is
+            return super().forward(x), x
+        return _NormAndInput.apply(x, self.weight, self.epsilon(x), self.zero_centered)
 
 
 @works("`rms_norm`, `layer_norm`")
