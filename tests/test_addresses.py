@@ -1,11 +1,5 @@
-"""The new address, in Megatron's signatures, and the signpost at the old one."""
+"""The new address, in Megatron's signatures."""
 
-import importlib
-import shutil
-import subprocess
-import sys
-import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +7,6 @@ import torch
 
 from megatron_config import AttnMaskType, configuration
 from redline.extensions import transformer_engine as new
-
-OLD = "redline.transformer.custom_layers.transformer_engine"
-ROOT = Path(__file__).parents[1]
 
 
 def make_linear(config=None, **changes):
@@ -164,52 +155,3 @@ def test_packed_attention_matches_its_sequences():
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_old_address_warns_at_its_importer_and_forwards():
-    sys.modules.pop(OLD, None)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        old = importlib.import_module(OLD)
-    (warning,) = [w for w in caught if w.category is DeprecationWarning]
-    assert "redline.extensions.transformer_engine" in str(warning.message)
-    for name in (*new.__all__, "_check"):
-        assert getattr(old, name) is getattr(new, name)
-    with pytest.raises(AttributeError):
-        _ = old.TENothing
-
-
-def test_old_address_points_at_the_line_of_the_import(tmp_path):
-    program = tmp_path / "old_program.py"
-    program.write_text(f"\nfrom {OLD} import TENorm\nprint(TENorm.__module__)\n")
-    ran = subprocess.run(
-        [sys.executable, "-W", "always::DeprecationWarning", program],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={"PYTHONPATH": str(ROOT / "python"), "PATH": ""},
-    )
-    assert f"{program}:2: DeprecationWarning: {OLD} has moved" in ran.stderr
-    assert ran.stdout == "redline.extensions.transformer_engine\n"
-
-
-def test_custom_layers_is_an_empty_front_desk():
-    package = importlib.import_module("redline.transformer.custom_layers")
-    assert Path(package.__file__).read_text() == ""
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_old_header_warns_and_forwards(tmp_path):
-    # A stand-in for the new header comes first: torch's headers are not needed to see the notice.
-    new = tmp_path / "redline/extensions/transformer_engine.h"
-    new.parent.mkdir(parents=True)
-    new.write_text("struct Forwarded {};\n")
-    program = tmp_path / "program.cpp"
-    program.write_text(
-        '#include "redline/transformer/custom_layers/transformer_engine.h"\nForwarded here;\n'
-    )
-    command = ["g++", "-std=c++20", "-Wall", "-Werror", "-fsyntax-only", "-I", tmp_path, "-I", ROOT]
-    ran = subprocess.run([*command, program], capture_output=True, text=True, check=True)
-    assert "has moved to redline/extensions/transformer_engine.h" in ran.stderr
-    quiet = [*command, "-DREDLINE_OLD_ADDRESS_QUIET", program]
-    assert subprocess.run(quiet, capture_output=True, text=True, check=True).stderr == ""
