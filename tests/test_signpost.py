@@ -199,3 +199,39 @@ def test_who_never_imports_it_does_not_load_it(light):
     assert NEW in loaded
     assert "signpost" not in loaded
     assert "custom_layers" not in loaded
+
+
+# --- C++ ------------------------------------------------------------------------------------------
+
+HEADER = "redline/transformer/custom_layers/transformer_engine.h"
+USER = f"""
+#include "{HEADER}"
+#include "{HEADER}"
+#include "redline/extensions/transformer_engine.h"
+namespace old_address = redline::transformer::custom_layers::transformer_engine;
+old_address::TENorm norm;
+redline::extensions::transformer_engine::TENorm& same = norm;
+using redline::transformer::custom_layers::transformer_engine::TENorm;
+TENorm& again = same;
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_old_header_tells_once_and_gives_the_same_types(tmp_path):
+    # A stand-in for the new header comes first: torch's headers are not needed for this.
+    address = tmp_path / "redline/extensions/transformer_engine.h"
+    address.parent.mkdir(parents=True)
+    names = "namespace redline::extensions::transformer_engine { struct TENorm {}; }\n"
+    address.write_text(f"#pragma once\n{names}")
+    program = tmp_path / "program.cpp"
+    program.write_text(USER)
+    strict = ["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only"]
+    command = ["g++", "-std=c++20", *strict, "-I", tmp_path, "-I", ROOT]
+    ran = subprocess.run([*command, program], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    told = [line for line in ran.stderr.splitlines() if "note: " in line]
+    (notice,) = told
+    for part in (HEADER, "redline/extensions/transformer_engine.h", "2.0", "redline move"):
+        assert part in notice
+    quiet = [*command, "-DREDLINE_OLD_ADDRESS_QUIET", program]
+    assert subprocess.run(quiet, capture_output=True, text=True, check=True).stderr == ""
