@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from redline import doctor, old_address
+from redline import doctor, move
 
 package = Path(doctor.__file__).resolve().parent
 
@@ -79,7 +79,7 @@ def test_run_prints_and_succeeds(capsys):
 
 def test_it_runs_where_the_library_is_not_built(tmp_path):
     copy = tmp_path / "redline"
-    for name in ("__init__.py", "_library.py", "doctor.py", "old_address.py"):
+    for name in ("__init__.py", "_library.py", "doctor.py"):
         copy.mkdir(exist_ok=True)
         (copy / name).write_text((package / name).read_text())
     command = [sys.executable, "-c", "import sys, redline.doctor; sys.exit(redline.doctor.run())"]
@@ -107,7 +107,8 @@ def plant(root: Path, name: str, text: str) -> Path:
         "import megatron.core.transformer.custom_layers.transformer_engine as te",
         "from megatron.core.transformer.custom_layers.transformer_engine import TENorm",
         "from megatron.core.transformer.custom_layers import transformer_engine",
-        "from megatron.core.transformer import custom_layers",
+        "x = megatron.core.transformer.custom_layers.transformer_engine.TENorm",
+        "x = 'megatron.core.transformer.custom_layers.transformer_engine.TENorm'",
         "importlib.import_module('redline.transformer.custom_layers.transformer_engine')",
         "def f():\n    try:\n        from redline.transformer.custom_layers import x\n"
         "    finally:\n        pass",
@@ -115,10 +116,10 @@ def plant(root: Path, name: str, text: str) -> Path:
 )
 def test_an_import_of_the_old_address_is_found(tmp_path, statement):
     path = plant(tmp_path, "train.py", "import importlib\n" + statement + "\n")
-    ((found,), unread) = old_address.old_imports(path)
+    ((found,), unread) = move.find(path)
     assert "transformer.custom_layers" in found.address
     assert found.line == 2 + statement[: statement.find("custom_layers")].count("\n")
-    assert found.replacement == "redline.extensions.transformer_engine"
+    assert found.replacement == found.address.replace("transformer.custom_layers", "extensions")
     assert unread == []
 
 
@@ -127,12 +128,13 @@ def test_an_import_of_the_old_address_is_found(tmp_path, statement):
     [
         "from redline.extensions.transformer_engine import TENorm",
         "import megatron.core.transformer.custom_layers_of_mine",
+        "from megatron.core.transformer.custom_layers import batch_invariant_kernels",
         "text = 'import redline.transformer.custom_layers'",
         "from . import custom_layers",
     ],
 )
 def test_other_imports_are_left_alone(tmp_path, statement):
-    assert old_address.old_imports(plant(tmp_path, "train.py", statement)) == ([], [])
+    assert move.find(plant(tmp_path, "train.py", statement)) == ([], [])
 
 
 def test_a_folder_is_searched_and_its_environments_are_not(tmp_path):
@@ -141,26 +143,27 @@ def test_a_folder_is_searched_and_its_environments_are_not(tmp_path):
     plant(tmp_path, ".venv/lib/b.py", old)
     include = "redline/transformer/custom_layers/transformer_engine.h"
     plant(tmp_path, "src/c.cpp", f'#pragma once\n#include "{include}"\n')
-    found, unread = old_address.old_imports(tmp_path)
+    found, unread = move.find(tmp_path)
     assert [(old.path.name, old.line) for old in found] == [("a.py", 1), ("c.cpp", 2)]
     assert found[1].replacement == "redline/extensions/transformer_engine.h"
     assert unread == []
 
 
 def test_a_file_that_is_not_python_is_told_and_passed_over(tmp_path):
-    plant(tmp_path, "a.py", "def f(:\n")
+    plant(tmp_path, "a.py", "def f(:  # custom_layers\n")
     plant(tmp_path, "b.py", "import redline.transformer.custom_layers\n")
-    found, unread = old_address.old_imports(tmp_path)
+    found, unread = move.find(tmp_path)
     assert len(found) == 1
     assert "a.py: not read: " in unread[0]
 
 
 def test_run_lists_the_imports_and_the_new_address(tmp_path, capsys):
-    plant(tmp_path, "a.py", "import megatron.core.transformer.custom_layers as layers\n")
+    plant(tmp_path, "a.py", "import redline.transformer.custom_layers.transformer_engine as te\n")
     assert doctor.run(tmp_path) == 0
     printed = capsys.readouterr().out
     assert "1 import of the old address" in printed
     assert "import instead: redline.extensions.transformer_engine" in printed
+    assert printed.endswith(f"to rewrite them: redline move --write {tmp_path}\n")
 
 
 def test_run_on_a_missing_path_is_one_line_and_an_error(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The command line: `redline dyno`, `redline doctor`, `redline --version`."""
+"""The command line: `redline dyno`, `doctor`, `move` and `--version`."""
 # Over budget: parameters: typer reads the command line from the signature.
 
 from __future__ import annotations
@@ -71,6 +71,30 @@ def doctor(
     from redline import doctor as examination
 
     return examination.run(path) or 0
+
+
+@app.command()
+def move(
+    paths: Annotated[list[Path], typer.Argument(help="Files, or folders of them.")],
+    check: Annotated[bool, typer.Option("--check", help="List; 1 where there is any.")] = False,
+    diff: Annotated[bool, typer.Option("--diff", help="Show what would change.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Rewrite the files.")] = False,
+) -> int:
+    """List the imports of an old address in Python and C++, or rewrite them to the new one."""
+    from redline import move as mover
+
+    given = [
+        name
+        for name, is_given in {"check": check, "diff": diff, "write": write}.items()
+        if is_given
+    ]
+    if len(given) > 1:
+        told = " ".join(f"--{name}" for name in given)
+        return _fail(f"redline move: expected one of --check, --diff and --write, not {told}", 2)
+    try:
+        return mover.run(paths, given[0] if given else "list")
+    except mover.MoveError as error:
+        return _fail(f"redline move: {error}", 1)
 
 
 def _fail(line: str, status: int) -> int:

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -174,8 +175,6 @@ def run(path: Path | None = None) -> int:
     """
     from rich.console import Console
 
-    from redline import old_address
-
     console = Console(soft_wrap=True, highlight=False)
     findings = doctor()
     width = max(len(finding.name) for finding in findings)
@@ -189,8 +188,28 @@ def run(path: Path | None = None) -> int:
             console.print(finding.mend, markup=False)
     status = int(any(finding.missing and finding.needed for finding in findings))
     if path is not None:
-        status |= old_address.tell(path, console)
+        status |= tell_old_imports(path, console)
     return status
+
+
+def tell_old_imports(path: Path, console) -> int:
+    """Prints what sources under `path` take from an old address; 1 where there is no such path."""
+    from redline import move, signpost
+
+    if not path.exists():
+        console.print(f"redline: {path}: no such file or folder", markup=False)
+        return 1
+    found, unread = move.find(path)
+    lines = ["", *unread]
+    if found:
+        plural = "s" if len(found) > 1 else ""
+        lines.append(f"{path}: {len(found)} import{plural} of the old address:")
+        lines += signpost.listing(found)
+        lines.append(f"to rewrite them: redline move --write {shlex.quote(str(path))}")
+    else:
+        lines.append(f"{path}: no import of the old address")
+    console.print("\n".join(lines), markup=False)
+    return 0
 
 
 def sign_of(finding: Finding) -> str:
