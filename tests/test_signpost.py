@@ -1,7 +1,6 @@
 """The old address: it warns at each line that takes a name from it, and forwards everything."""
 
 import importlib
-import os
 import pickle
 import pydoc
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import light
 import pythons
 from redline import signpost
 from redline.extensions import transformer_engine as new
@@ -161,41 +161,31 @@ def test_custom_layers_is_an_empty_front_desk():
 
 
 @pytest.fixture
-def light(tmp_path):
+def root(tmp_path):
     """Redline's signpost over a small new address, without torch."""
-    package = tmp_path / "light/redline"
-    for name in ("signpost.py", f"{OLD[8:].replace('.', '/')}.py"):
-        copy = package / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / "python/redline" / name, copy)
-    address = package / f"{NEW[8:].replace('.', '/')}.py"
-    address.parent.mkdir()
-    address.write_text("TENorm = 1\n")
-    return tmp_path / "light"
-
-
-def run(python, light, *words):
-    environment = os.environ | {"PYTHONPATH": str(light)}
-    return subprocess.run([python, *words], capture_output=True, text=True, env=environment)
+    root = tmp_path / "light"
+    light.copy(root, "redline.signpost", OLD)
+    light.plant(root, f"{NEW.replace('.', '/')}.py", "TENorm = 1\n")
+    return root
 
 
 @pytest.mark.parametrize("version", pythons.at_hand)
-def test_a_program_shows_the_notice_at_its_line(version, light, tmp_path):
+def test_a_program_shows_the_notice_at_its_line(version, root, tmp_path):
     python = pythons.at_hand[version]
     program = tmp_path / "program.py"
     program.write_text(f"\nfrom {OLD} import TENorm, TENorm as N\nfrom {OLD} import TENorm\n")
-    ran = run(python, light, program)
+    ran = light.start(python, [root], program)
     told = [line for line in ran.stderr.splitlines() if "DeprecationWarning" in line]
     assert told == [f"{program}:{line}: DeprecationWarning: {NOTICE}" for line in (2, 3)]
-    strict = run(python, light, "-W", "error", program)
+    strict = light.start(python, [root], "-W", "error", program)
     assert strict.returncode == 1
     assert f'File "{program}", line 2, in <module>' in strict.stderr
     assert strict.stderr.splitlines()[-1] == f"DeprecationWarning: {NOTICE}"
 
 
-def test_who_never_imports_it_does_not_load_it(light):
+def test_who_never_imports_it_does_not_load_it(root):
     asked = f"import sys, {NEW}\nprint([name for name in sys.modules if 'redline' in name])"
-    loaded = run(sys.executable, light, "-c", asked).stdout
+    loaded = light.start(sys.executable, [root], "-c", asked).stdout
     assert NEW in loaded
     assert "signpost" not in loaded
     assert "custom_layers" not in loaded
