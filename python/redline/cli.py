@@ -1,4 +1,4 @@
-"""The command line: `redline dyno`, `doctor`, `move` and `--version`."""
+"""The command line: `redline dyno`, `doctor`, `move`, `run` and `--version`."""
 # Over budget: parameters: typer reads the command line from the signature.
 
 from __future__ import annotations
@@ -97,6 +97,25 @@ def move(
         return _fail(f"redline move: {error}", 1)
 
 
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    options_metavar="",
+)
+def run(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SCRIPT | -m MODULE [ARGS]...", help="As after `python`."),
+    ] = None,
+):
+    """Run a program with Redline where it wants Transformer Engine; its old imports are listed."""
+    from redline import run as runner
+
+    try:
+        return runner.Program.of(words or [])
+    except runner.RunError as error:
+        return _fail(f"redline run: {error}", 2)
+
+
 def _fail(line: str, status: int) -> int:
     print(" ".join(line.split()), file=sys.stderr)
     return status
@@ -112,6 +131,8 @@ def main() -> None:
         if not hasattr(error, "format_message"):  # what typer's own errors have in common
             raise
         status = _fail(f"redline: {error.format_message()}", getattr(error, "exit_code", 2))
+    if callable(status):  # a program: it runs outside of typer, which would take its exceptions
+        status = status()
     sys.exit(status or 0)
 
 

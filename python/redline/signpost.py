@@ -21,7 +21,7 @@ new_address = {
 
 # Frames that carry an import to the line that asked for it: by top package, and by module.
 _carriers = {"importlib", "_frozen_importlib", "_frozen_importlib_external", "pickle", "torch"}
-_ours = {__name__, "redline.megatron.old_address", *new_address}
+_ours = {__name__, "redline.megatron.old_address", "redline.run", *new_address}
 # They read every name of a module to describe it, and use none.
 _describers = {"inspect", "pydoc"}
 
