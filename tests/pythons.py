@@ -17,7 +17,7 @@ def _version(python: str) -> str:
 def _found() -> dict[str, str]:
     named = [shutil.which(f"python3.{minor}") for minor in range(10, 16)]
     kept = sorted(map(str, Path.home().glob(".pyenv/versions/3.1?.*/bin/python")))
-    found = {_version(python): python for python in [*filter(None, named), *kept]}
+    found = {_version(python): python for python in [*kept, *filter(None, named)]}
     return {version: path for version, path in found.items() if version} | {ours: sys.executable}
 
 
