@@ -174,6 +174,7 @@ def programs(newlines=("\n", "\r\n")):
 
 
 @given(programs())
+@settings(deadline=None, max_examples=50)
 def test_a_program_is_moved_to_the_letter_and_once(texts):
     before, after = texts
     assert python.moved(before) == after
@@ -239,6 +240,7 @@ def test_what_is_no_old_address_in_cpp_stays(text):
     assert search.in_cpp(text) == []
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([*cpp_forms, *cpp_untouched, "int x = f<a>('b');"])))
 def test_cpp_is_moved_to_the_letter_and_once(lines):
     before = "\n".join(lines)

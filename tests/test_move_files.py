@@ -1,5 +1,6 @@
 """What `redline move` does with files, and what it says."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -92,6 +93,23 @@ def test_what_a_link_leads_to_outside_is_not_touched(tmp_path, monkeypatch):
     (tmp_path / "src/circle").symlink_to(tmp_path / "src")
     assert run(monkeypatch, "--write", tmp_path / "src") == 0
     assert outside.read_text() == LINE
+
+
+def test_a_folder_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch, capsys):
+    path = plant(tmp_path, "src/a.py", LINE)
+    closed = plant(tmp_path, "src/closed/a.py", LINE).parent
+    scan = os.scandir
+
+    def refuse(folder):
+        if str(folder) == str(closed):
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert run(monkeypatch, "--write", tmp_path) == 1
+    assert capsys.readouterr().err == f"redline move: {closed}: Permission denied\n"
+    assert path.read_text() == LINE
+    assert move.find(tmp_path)[1] == [f"{closed}: not read: Permission denied"]
 
 
 def test_mode_stays_and_nothing_lies_beside(tmp_path, monkeypatch):

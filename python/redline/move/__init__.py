@@ -55,12 +55,15 @@ def find(path: Path) -> tuple[list[OldImport], list[str]]:
     """What sources take from an old address, in order, and a sentence per file not read."""
     found: list[OldImport] = []
     unread: list[str] = []
-    for source in files.sources(path):
-        try:
-            text = files.read(source)
-            found += search.uses(source, text) if text else []
-        except (search.Unreadable, OSError) as error:
-            unread.append(f"{source}: not read: {_why(error)}")
+    try:
+        for source in files.sources(path):
+            try:
+                text = files.read(source)
+                found += search.uses(source, text) if text else []
+            except (search.Unreadable, OSError) as error:
+                unread.append(f"{source}: not read: {_why(error)}")
+    except OSError as error:
+        unread.append(f"{error.filename}: not read: {_why(error)}")
     return found, unread
 
 
@@ -78,7 +81,11 @@ def run(paths: list[Path], mode: str) -> int:
     if importlib.util.find_spec("libcst") is None:
         pip = f"{sys.executable} -m pip install libcst"
         raise MoveError(f"libcst is missing, which reads and writes Python; install it with: {pip}")
-    found = [source for source in map(rewrite, report.progress(_unique(paths))) if source]
+    try:
+        sources = _unique(paths)
+    except OSError as error:
+        raise MoveError(f"{error.filename}: {_why(error)}") from None
+    found = [source for source in map(rewrite, report.progress(sources)) if source]
     if mode == "write":
         for source in report.progress([source for source in found if source.moved]):
             _write(source)

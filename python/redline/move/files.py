@@ -20,17 +20,21 @@ def sources(path: Path) -> Iterator[Path]:
     """The file itself, or every Python and C++ file under a folder, in order.
 
     Hidden environments and builds are left out, and so are links: a link's file is looked at
-    where it lies, if it lies under the folder.
+    where it lies, if it lies under the folder. Raises OSError for a folder that cannot be read.
     """
     if path.is_file():
         yield path
         return
-    for folder, folders, names in os.walk(path):
+    for folder, folders, names in os.walk(path, onerror=_raise):
         folders[:] = sorted(set(folders) - passed_over)
         for name in sorted(names):
             file = Path(folder, name)
             if file.suffix in suffixes and stat.S_ISREG(file.lstat().st_mode):
                 yield file
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def read(path: Path) -> str | None:
