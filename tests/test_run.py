@@ -170,7 +170,12 @@ def test_an_old_import_is_listed_where_megatron_ships_the_address(start, root, t
     [
         ([], 2, "expected a script, or -m and a module: redline run train.py --lr 1e-3"),
         (["-m"], 2, "expected a script, or -m and a module: redline run train.py --lr 1e-3"),
-        (["-W", "error", "a.py"], 2, "-W: for an option of Python: python -W -m redline run"),
+        (
+            ["-c", "print()"],
+            2,
+            "expected a script, not -c; "
+            "Python's own options: python -X dev -m redline run train.py",
+        ),
         (["nowhere.py"], 2, "nowhere.py: No such file or directory"),
         (["-m", "nowhere.a"], 1, "no module named nowhere.a"),
         (["-m", "package"], 1, "no module named package.__main__"),

@@ -38,7 +38,8 @@ class Program:
         if not first or first == "-m":
             raise RunError("expected a script, or -m and a module: redline run train.py --lr 1e-3")
         if first.startswith("-"):
-            raise RunError(f"{first}: for an option of Python: python {first} -m redline run")
+            python = "python -X dev -m redline run train.py"
+            raise RunError(f"expected a script, not {first}; Python's own options: {python}")
         return cls(first, rest)
 
     def __call__(self) -> int:
