@@ -95,11 +95,9 @@ def tell() -> None:
 def start(program: Program) -> None:
     """Runs the program in a __main__ of its own, which stays: threads and pickles look there."""
     main = ModuleType("__main__")
-    ours = sys.modules["__main__"]
     sys.modules["__main__"] = main
     code = _module(program, main) if program.is_module else _script(program, main)
     exec(code, vars(main))
-    del ours  # not before: this code may still run in it
 
 
 def _script(program: Program, main: ModuleType) -> CodeType:

@@ -11,8 +11,6 @@ from pathlib import Path
 from redline.move import cpp, files, search
 from redline.signpost import OldImport
 
-modes = ("list", "check", "diff", "write")
-
 
 class MoveError(Exception):
     """A request that cannot be carried out, in one sentence."""
