@@ -193,6 +193,14 @@ def test_who_never_imports_it_does_not_load_it(root):
 
 # --- C++ ------------------------------------------------------------------------------------------
 
+ADDRESS = """
+#pragma once
+namespace redline::extensions {
+inline namespace transformer_engine {
+struct TENorm {};
+}  // namespace transformer_engine
+}  // namespace redline::extensions
+"""
 HEADER = "redline/transformer/custom_layers/transformer_engine.h"
 USER = f"""
 #include "{HEADER}"
@@ -200,7 +208,7 @@ USER = f"""
 #include "redline/extensions/transformer_engine.h"
 namespace old_address = redline::transformer::custom_layers::transformer_engine;
 old_address::TENorm norm;
-redline::extensions::transformer_engine::TENorm& same = norm;
+redline::extensions::TENorm& same = norm;
 using redline::transformer::custom_layers::transformer_engine::TENorm;
 TENorm& again = same;
 """
@@ -211,8 +219,7 @@ def test_the_old_header_tells_once_and_gives_the_same_types(tmp_path):
     # A stand-in for the new header comes first: torch's headers are not needed for this.
     address = tmp_path / "redline/extensions/transformer_engine.h"
     address.parent.mkdir(parents=True)
-    names = "namespace redline::extensions::transformer_engine { struct TENorm {}; }\n"
-    address.write_text(f"#pragma once\n{names}")
+    address.write_text(ADDRESS)
     program = tmp_path / "program.cpp"
     program.write_text(USER)
     strict = ["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only"]

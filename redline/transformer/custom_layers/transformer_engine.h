@@ -10,7 +10,6 @@
 #endif
 #include "redline/extensions/transformer_engine.h"
 
-namespace redline::extensions::transformer_engine {}
 namespace redline::transformer::custom_layers {
 namespace transformer_engine = extensions::transformer_engine;
 }
