@@ -8,6 +8,7 @@ import os
 import socket
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
+from inspect import isfunction
 
 import pytest
 import torch
@@ -105,7 +106,9 @@ def config_of(device, dtype=torch.float32, **options):
 
 
 def spec_of(kind, config, **options):
-    """The layer of Megatron's own specs: transformer_engine or local."""
+    """The layer of Megatron's own specs, transformer_engine or local, or a spec as it is given."""
+    if not isinstance(kind, str):
+        return kind(config) if isfunction(kind) else kind
     options |= dict(num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm)
     options["moe_grouped_gemm"] = config.moe_grouped_gemm
     if kind == "local":
