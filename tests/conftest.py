@@ -1,9 +1,15 @@
 """Every test starts from one seed, and float outputs of torch.empty start as NaN."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
-import redline.ops  # noqa: F401  (cases.py asks the library)
+import redline.megatron
+import redline.ops  # cases.py asks the library
+
+if find_spec("megatron") is not None:
+    redline.megatron.install()  # before any test file imports megatron.core
 
 
 @pytest.fixture(autouse=True)

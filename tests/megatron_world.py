@@ -1,8 +1,7 @@
 """Megatron-Core over the stand-in, as one rank: small GPTs, their training, their checkpoints.
 
-Importing this module installs the stand-in, before anything imports megatron.core.
+conftest.py has installed the stand-in before anything imports megatron.core.
 """
-# ruff: noqa: E402  (install() comes before what imports megatron.core)
 
 import os
 import socket
@@ -18,10 +17,6 @@ from megatron_on_cpu import without_gpu
 
 if find_spec("megatron") is None:
     pytest.skip("megatron-core is not here: requirements/test.txt", allow_module_level=True)
-
-import redline.megatron
-
-redline.megatron.install()
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import (

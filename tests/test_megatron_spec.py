@@ -49,8 +49,6 @@ def test_block(model, device):
 WITHOUT = """
 import sys
 sys.path[:0] = {folders!r}
-import redline.megatron
-redline.megatron.install = lambda: None
 from megatron_world import MOE, QWEN, Trainer, build, world
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.transformer.moe import moe_utils
