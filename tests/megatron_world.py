@@ -35,6 +35,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 VOCABULARY, SEQUENCE, BATCH = 64, 24, 2
+TE, LOCAL = "transformer_engine", "local"
 
 LLAMA = dict(
     normalization="RMSNorm",
@@ -106,7 +107,7 @@ def spec_of(kind, config, **options):
         return kind(config) if isfunction(kind) else kind
     options |= dict(num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm)
     options["moe_grouped_gemm"] = config.moe_grouped_gemm
-    if kind == "local":
+    if kind == LOCAL:
         return get_gpt_layer_local_spec(normalization=config.normalization, **options)
     return get_gpt_layer_with_transformer_engine_spec(**options)
 
@@ -163,6 +164,18 @@ def copy_weights(source, target):
         tensor.copy_(sources[name])
 
 
+def pair(device, options, dtype=torch.float32):
+    """The model on Redline and the model on the local spec, from the same weights."""
+    ours = build(TE, device, dtype, **options)
+    theirs = build(LOCAL, device, dtype, **(options | {"moe_grouped_gemm": False}))
+    copy_weights(ours, theirs)
+    return ours, theirs
+
+
+def largest(first, second):
+    return max(abs(a - b) for a, b in zip(first, second, strict=True))
+
+
 def batch_of(step, device):
     """Tokens that follow a fixed table with noise, so that there is something to learn."""
     generator = torch.Generator().manual_seed(step)
@@ -180,16 +193,18 @@ def batch_of(step, device):
 class Trainer:
     """Megatron's own data parallelism and optimiser around a model."""
 
-    def __init__(self, model, device, distributed_optimizer=False, micro_batches=2, lr=1e-2):
+    def __init__(self, model, device, distributed_optimizer=False, micro_batches=2, overlap=False):
         self.device, self.micro_batches = device, micro_batches
         config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=distributed_optimizer,
+            overlap_grad_reduce=overlap,
         )
         core = model.module if isinstance(model, Float16Module) else model
         self.model = DistributedDataParallel(core.config, config, model)
         options = OptimizerConfig(
             optimizer="adam",
-            lr=lr,
+            lr=1e-2,
             clip_grad=1.0,
             use_distributed_optimizer=distributed_optimizer,
             params_dtype=core.config.params_dtype,
@@ -204,9 +219,11 @@ class Trainer:
         self.optimizer.zero_grad()
         losses = []
         for index in range(self.micro_batches):
+            last = index == self.micro_batches - 1
             tokens, positions, mask, labels = batch_of(self.done * 97 + index, self.device)
-            loss = self.model(tokens, positions, mask, labels=labels).mean()
-            (loss / self.micro_batches).backward()
+            with nullcontext() if last else self.model.no_sync():
+                loss = self.model(tokens, positions, mask, labels=labels).mean()
+                (loss / self.micro_batches).backward()
             losses.append(loss.item())
         finalize_model_grads([self.model])
         assert self.optimizer.step()[0]
