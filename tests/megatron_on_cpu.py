@@ -24,7 +24,7 @@ ASKS = {
     "models/common/embeddings/rotary_pos_embedding.py": (CURRENT,),
     "optimizer/clip_grads.py": ("param.grad.type() == 'torch.cuda.FloatTensor'", "device='cuda'"),
     "optimizer/distrib_optimizer.py": (CURRENT, "param.type()", "send_tensor.cuda()"),
-    "optimizer/optimizer.py": ("device='cuda'",),
+    "optimizer/optimizer.py": ("device='cuda'", "param.type()"),
     "tensor_parallel/random.py": ("torch.cuda.get_rng_state()", "torch.cuda.random.get_rng_state("),
     "transformer/dot_product_attention.py": (CURRENT,),
     "transformer/moe/router.py": (CURRENT,),

@@ -193,6 +193,8 @@ def batch_of(step, device):
 class Trainer:
     """Megatron's own data parallelism and optimiser around a model."""
 
+    learning_rate = 1e-2
+
     def __init__(self, model, device, distributed_optimizer=False, micro_batches=2, overlap=False):
         self.device, self.micro_batches = device, micro_batches
         config = DistributedDataParallelConfig(
@@ -204,7 +206,7 @@ class Trainer:
         self.model = DistributedDataParallel(core.config, config, model)
         options = OptimizerConfig(
             optimizer="adam",
-            lr=1e-2,
+            lr=self.learning_rate,
             clip_grad=1.0,
             use_distributed_optimizer=distributed_optimizer,
             params_dtype=core.config.params_dtype,
