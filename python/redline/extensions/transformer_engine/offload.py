@@ -12,9 +12,19 @@ from redline.extensions.transformer_engine.table import composed
 class _Offload(torch.autograd.graph.saved_tensors_hooks):
     """Saved activations of the first num_layers of every model_layers layers go to the CPU."""
 
+    inside_context = False  # Megatron's output layer asks
+
     def __init__(self, num_layers, model_layers):
         self.num_layers, self.model_layers, self.layer = num_layers, model_layers, 0
         super().__init__(self.pack, self.unpack)
+
+    def __enter__(self):
+        self.inside_context = True
+        super().__enter__()
+
+    def __exit__(self, *error):
+        self.inside_context = False
+        super().__exit__(*error)
 
     def pack(self, tensor):
         owner = tensor if tensor._base is None else tensor._base
