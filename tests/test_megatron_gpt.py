@@ -197,6 +197,11 @@ OPTIONS = {
         "spec_options": {"use_te_activation_func": True},
     },
     "fused mlp": {"spec_options": {"use_te_op_fuser": True}},
+    "offload": {
+        "cpu_offloading": True,
+        "cpu_offloading_num_layers": 1,
+        "cpu_offloading_weights": False,
+    },
     "router": {"moe_router_fusion": True},
     "permute": {"moe_permute_fusion": True},
 }

@@ -4,6 +4,7 @@
 from redline.megatron.transformer_engine.pytorch import (
     attention,
     cpp_extensions,
+    cpu_offload,
     cross_entropy,
     distributed,
     fp8,
@@ -56,6 +57,7 @@ __all__ = [
     "autocast",
     "checkpoint",
     "cpp_extensions",
+    "cpu_offload",
     "cross_entropy",
     "distributed",
     "fp8",
