@@ -42,7 +42,8 @@ def install():
 
 def is_installed():
     """Whether `transformer_engine` is this copy's stand-in."""
-    return sys.modules.get(PACKAGE) is sys.modules.get(STAND_IN, install)
+    found = sys.modules.get(PACKAGE)
+    return found is not None and found is sys.modules.get(STAND_IN)
 
 
 def _module(name):

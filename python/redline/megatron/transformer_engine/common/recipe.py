@@ -37,23 +37,11 @@ class Recipe:
         options = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
         return f"{type(self).__name__}({options})"
 
-    def delayed(self):
-        return isinstance(self, DelayedScaling)
-
-    def float8_current_scaling(self):
-        return isinstance(self, Float8CurrentScaling)
-
-    def float8_block_scaling(self):
-        return isinstance(self, Float8BlockScaling)
-
     def mxfp8(self):
         return isinstance(self, MXFP8BlockScaling)
 
     def nvfp4(self):
         return isinstance(self, NVFP4BlockScaling)
-
-    def custom(self):
-        return isinstance(self, CustomRecipe)
 
 
 class DelayedScaling(Recipe):

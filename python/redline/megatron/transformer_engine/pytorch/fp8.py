@@ -35,23 +35,11 @@ def fp8_model_init(enabled=True, recipe=None, preserve_high_precision_init_val=F
     return nullcontext()
 
 
-def _unsupported():
-    return False, "Redline has no FP8 or FP4 compute."
-
-
-check_fp8_support = check_mxfp8_support = check_nvfp4_support = _unsupported
-check_fp8_block_scaling_support = _unsupported
-
-
 class FP8GlobalStateManager:
     """What Megatron asks about the quantised state: there is none."""
 
     @staticmethod
     def is_fp8_enabled():
-        return False
-
-    @staticmethod
-    def is_fp8_calibration():
         return False
 
     @staticmethod
@@ -61,7 +49,3 @@ class FP8GlobalStateManager:
     @staticmethod
     def get_fp8_group():
         return None
-
-    @staticmethod
-    def reset():
-        """Nothing is held."""
