@@ -98,15 +98,16 @@ def saved_bytes(call: Callable[[], object], excluded: Iterable[Tensor]) -> int:
     """Bytes of the storages that autograd keeps between forward and backward.
 
     Python and C++ nodes alike save through these hooks. `excluded` live anyway: the
-    parameters. An input counts: it would be free by then if the part did not keep it.
+    parameters. An input counts: it would be free by then if the part did not keep it. Meta tensors
+    have no addresses, so storages are told apart by identity.
     """
-    ignored = {t.untyped_storage().data_ptr() for t in excluded}
+    ignored = {t.untyped_storage()._cdata for t in excluded}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in ignored:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in ignored:
+            kept[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
