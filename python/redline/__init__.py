@@ -1,6 +1,7 @@
 """Redline: transformer parts for PyTorch with a CUDA and a CPU backend.
 
-``redline.ops`` are the operators, ``redline.layers`` the modules, ``redline.optim`` the optimiser.
+``redline.ops`` are the operators, ``redline.layers`` the modules, ``redline.optim`` the optimiser;
+``redline.tune(model)`` puts them into a transformers model, ``redline.untune`` takes them out.
 Importing needs no GPU, no driver and no toolkit.
 """
 
@@ -11,12 +12,14 @@ from importlib import import_module
 with suppress(ImportError):
     from redline._library import __version__
 
-__all__ = ["__version__", "extensions", "layers", "ops", "optim"]
+__all__ = ["__version__", "extensions", "layers", "ops", "optim", "tune", "untune"]
 
 
 def __getattr__(name: str):
     if name == "__version__":
         return import_module("redline._library").__version__
+    if name == "untune":
+        return import_module("redline.tune").untune
     if name in __all__:
         return import_module(f"redline.{name}")
     raise AttributeError(f"module 'redline' has no attribute {name!r}")
