@@ -143,3 +143,12 @@ def test_an_unwritable_checkpoint_is_one_line(language, text, tmp_path):
     path = tmp_path / "none" / "model.safetensors"
     ran = run(program, "--text", text, "--checkpoint", path, "--steps", "1", check=False)
     assert ran.stderr == f"train_gpt: {path}: No such file or directory\n"
+
+
+def test_tune_llama_learns_the_same_before_and_after(text):
+    program = [sys.executable, ROOT / "examples/python/tune_llama.py"]
+    ran = run(program, "--text", text, "--vocabulary", "300")
+    *_, stock, tuned, difference = ran.stdout.splitlines()
+    assert stock.startswith("stock ")
+    assert tuned.startswith("tuned ")
+    assert float(difference.split()[-1]) < 1e-4
