@@ -215,6 +215,22 @@ def test_nan_names_the_first_part(corpus):
         lap.run_lap(make_setup(), batches, lambda step: None, Poisoned)
 
 
+def test_nan_born_in_backward_names_the_part(corpus):
+    class Poisoned(StockTwice):
+        def step(self, tokens, targets):
+            def poison(module, inputs, output):
+                if output.requires_grad:
+                    output.register_hook(lambda gradient: gradient * float("nan"))
+
+            self.model.layers[0].mlp.norm.register_forward_hook(poison)
+            return super().step(tokens, targets)
+
+    batches = text.Batches(corpus, SHAPE.batch, SHAPE.sequence, 0)
+    expected = r"gradients' norm became nan at step 1: .*in backward is layers\.0\.mlp\.norm$"
+    with pytest.raises(DynoError, match=expected):
+        lap.run_lap(make_setup(), batches, lambda step: None, Poisoned)
+
+
 # The report.
 
 
@@ -257,8 +273,12 @@ def test_files_appear_together_or_not_at_all(result, tmp_path):
 
 
 def full_disk(result, folder):
-    (folder / "dyno.json").write_text("{")
-    raise OSError(28, "No space left on device")
+    (folder / "losses.png").mkdir()  # what cannot be written over fails like a full disk
+    report.write(result, folder)
+
+
+def broken_sensor(result, folder):
+    raise OSError(5, "Input/output error")
 
 
 def interrupted(result, folder):
@@ -266,12 +286,18 @@ def interrupted(result, folder):
 
 
 @pytest.mark.parametrize(
-    ("write", "raised"), [(full_disk, DynoError), (interrupted, KeyboardInterrupt)]
+    ("write", "raised", "message"),
+    [
+        (full_disk, DynoError, "^--out: .*Is a directory; nothing was written$"),
+        (broken_sensor, OSError, "Input/output error$"),
+        (interrupted, KeyboardInterrupt, "^$"),
+    ],
 )
-def test_fault_leaves_the_old_report(tmp_path, write, raised):
+def test_fault_leaves_the_old_report(result, tmp_path, write, raised, message):
     (tmp_path / "dyno.json").write_text("old")
-    with pytest.raises(raised), report.aside(tmp_path) as folder:
-        write(None, folder)
+    with pytest.raises(raised, match=message) as error, report.aside(tmp_path) as folder:
+        write(result, folder)
+    assert error.type is raised
     assert [p.name for p in tmp_path.iterdir()] == ["dyno.json"]
     assert (tmp_path / "dyno.json").read_text() == "old"
 
@@ -280,10 +306,14 @@ def test_fault_leaves_the_old_report(tmp_path, write, raised):
 
 
 def redline(*arguments, **options):
+    return run_python("-m", "redline", *arguments, **options)
+
+
+def run_python(*arguments, **options):
     source = Path(lap.__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(source)}
     return subprocess.run(
-        [sys.executable, "-m", "redline", *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
         capture_output=True, text=True, env=environment, timeout=120, **options,
     )  # fmt: skip
 
@@ -297,6 +327,7 @@ def redline(*arguments, **options):
         (("dyno", "--steps", "0"), "--steps: expected at least 1, not 0"),
         (("dyno", "--steps", "many"), "--steps"),
         (("dyno", "--text", "/no/such"), "no such file"),
+        (("dyno", "--text", ""), "expected a path, not nothing"),
         (("dyno", "--bogus"), "No such option"),
         (("bogus",), "No such command"),
     ],
@@ -306,6 +337,19 @@ def test_bad_option_is_one_line(arguments, message, tmp_path):
     assert done.returncode not in (0, None) and message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_missing_package_names_the_extra(tmp_path):
+    program = "import sys; sys.modules['jinja2'] = None; from redline.cli import main; main()"
+    done = run_python("-c", program, "dyno", cwd=tmp_path)
+    expected = "redline dyno: jinja2 is not installed: pip install 'redline-layers[dyno]'\n"
+    assert (done.returncode, done.stderr) == (1, expected)
+
+
+def test_warning_of_the_old_address_is_as_printed():
+    found = addresses.compare(CPU, torch.float32)
+    assert found.same_bits and found.reason is None
+    assert re.match(r".*/addresses\.py:\d+: DeprecationWarning: .* moved", found.warning)
 
 
 def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):

@@ -20,12 +20,21 @@ app = typer.Typer(
 )
 
 
+_dyno_extra = {"jinja2", "matplotlib", "numpy", "safetensors", "tokenizers"}  # pyproject.toml's
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         import redline
 
         print(f"redline {redline.__version__}")
         raise typer.Exit()
+
+
+def _path(value: str) -> Path:
+    if not value:  # Path("") would be the folder one stands in
+        raise typer.BadParameter("expected a path, not nothing")
+    return Path(value)
 
 
 @app.callback()
@@ -42,8 +51,12 @@ def dyno(  # one parameter per option: the signature is the command line
     steps: Annotated[int, typer.Option(help="Training steps of the lap.")] = 40,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
-    text: Annotated[Path | None, typer.Option(help="A text file, or a folder of them.")] = None,
-    out: Annotated[Path, typer.Option(help="The folder of the report.")] = Path("dyno"),
+    text: Annotated[
+        Path | None, typer.Option(parser=_path, help="A text file, or a folder of them.")
+    ] = None,
+    out: Annotated[Path, typer.Option(parser=_path, help="The folder of the report.")] = Path(
+        "dyno"
+    ),
     compile_parts: Annotated[int, typer.Option(help="Parts to torch.compile too.")] = 6,
 ) -> int:
     """Train a GPT with stock and with tuned parts, measure every part, write the report."""
@@ -53,9 +66,12 @@ def dyno(  # one parameter per option: the signature is the command line
     command = shlex.join(["redline", *sys.argv[1:]])
     try:
         return run(Options(steps, device, dtype, text, out, compile_parts, command))
-    except DynoError as error:
+    except (DynoError, OSError) as error:
         return _fail(f"redline dyno: {error}", 1)
     except ImportError as error:
+        if error.name in _dyno_extra:
+            line = f"{error.name} is not installed: pip install 'redline-layers[dyno]'"
+            return _fail(f"redline dyno: {line}", 1)
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail("redline dyno: stopped by Ctrl-C; nothing was written", 130)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import warnings
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from types import SimpleNamespace
 
 import torch
 
-NEW = "redline.extensions.transformer_engine"
 OLD = "redline.transformer.custom_layers.transformer_engine"
 
 
@@ -23,17 +21,26 @@ class Addresses:
 
 def compare(device: torch.device, dtype: torch.dtype) -> Addresses:
     try:
-        new = importlib.import_module(NEW)
+        from redline.extensions.transformer_engine import TENorm as NewNorm
+
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             sys.modules.pop(OLD, None)  # the notice comes with the first import
-            old = importlib.import_module(OLD)
-        results = [_normed(module.TENorm, device, dtype) for module in (new, old)]
-    except (ImportError, AttributeError) as error:
+            from redline.transformer.custom_layers.transformer_engine import TENorm as OldNorm
+        results = [_normed(norm, device, dtype) for norm in (NewNorm, OldNorm)]
+    except ImportError as error:
         return Addresses(reason=f"not compared, because {error}")
     notices = [w for w in caught if issubclass(w.category, DeprecationWarning)]
-    printed = f"{notices[0].category.__name__}: {notices[0].message}" if notices else None
+    printed = _as_printed(notices[0]) if notices else None
     return Addresses(printed, all(torch.equal(a, b) for a, b in zip(*results, strict=True)))
+
+
+def _as_printed(notice: warnings.WarningMessage) -> str:
+    """What Python would have written to stderr."""
+    text = warnings.formatwarning(
+        notice.message, notice.category, notice.filename, notice.lineno, notice.line
+    )
+    return text.rstrip()
 
 
 def _normed(make, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -125,6 +125,7 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: min(1.0, (step + 1) / RISING_STEPS)
         )
+        self.norm = 0.0  # of the last step's gradients
         self.clip = torch.nn.utils.clip_grad_norm_
         if variant == "tuned":  # the step multiplies by the coefficient: gradients stay as they are
             clip = tuned_name("optim", "clip_grad_norm")
@@ -137,7 +138,9 @@ class Trainer:
         if not math.isfinite(value):  # before the step spreads it over every weight
             return value
         loss.backward()
-        self.clip(self.model.parameters(), MAX_NORM)
+        self.norm = self.clip(self.model.parameters(), MAX_NORM).item()
+        if not math.isfinite(self.norm):
+            return value
         self.optimizer.step()
         self.schedule.step()
         return value
@@ -203,39 +206,55 @@ def _timed_step(trainer: Trainer, batch: list[Tensor], side: Side, step: int) ->
         torch.cuda.synchronize()
     side.seconds.append(time.perf_counter() - start)
     side.losses.append(loss)
-    if not math.isfinite(loss):
-        culprit = name_culprit(trainer.model, batch)
-        raise DynoError(
-            f"the {trainer.variant} model's loss became {loss} at step {step + 1}: {culprit}"
-        )
+    for what, value in (("loss", loss), ("gradients' norm", trainer.norm)):
+        if not math.isfinite(value):
+            culprit = name_culprit(trainer.model, batch)
+            raise DynoError(
+                f"the {trainer.variant} model's {what} became {value} at step {step + 1}: {culprit}"
+            )
 
 
 def name_culprit(model: nn.Module, batch: list[Tensor]) -> str:
-    """The first part of the model that makes a value that is not finite, from the batch again."""
+    """The first part of the model that makes a value that is not finite, from the batch again.
+
+    Forward's parts run in order, and backward's in the opposite one: the last part in forward's
+    order whose gradients are not finite is where backward made the first of them.
+    """
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             return f"the parameter {name} is not finite"
-    found: list[str] = []
+    ran: list[tuple[str, nn.Module]] = []
+    faulty: list[str] = []
     hooks = []
 
     def watch(name: str):
-        def hook(_module, _inputs, output):
-            tensors = [output] if isinstance(output, Tensor) else list(output or ())
-            tensors = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
-            if not found and not all(bool(t.isfinite().all()) for t in tensors):
-                found.append(name)
+        def hook(module, _inputs, output):
+            ran.append((name, module))
+            if not _finite([output] if isinstance(output, Tensor) else output or ()):
+                faulty.append(name)
 
         return hook
 
     for name, module in model.named_modules():
         hooks.append(module.register_forward_hook(watch(name or "the loss")))
     try:
-        with torch.no_grad():
-            model(*batch)
+        model.zero_grad(set_to_none=True)
+        loss = model(*batch)
     finally:
         for hook in hooks:
             hook.remove()
-    return f"the first part to produce it is {found[0]}" if found else "no part repeats it"
+    if faulty:
+        return f"the first part to produce it is {faulty[0]}"
+    loss.backward()
+    for name, module in reversed(ran):
+        if not _finite([p.grad for p in module.parameters(recurse=False)]):
+            return f"the first part to produce it in backward is {name}"
+    return "no part repeats it"
+
+
+def _finite(values) -> bool:
+    tensors = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _profile(variant: str, setup: Setup, batches: Batches, make: Callable) -> Profiled:

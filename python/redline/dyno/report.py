@@ -125,24 +125,33 @@ def aside(out: Path):
     Made before the work begins, so that a folder that cannot be written is told at once.
     """
     existed = out.exists()
-    try:
+    with _blaming(out):
         out.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".dyno-", dir=out))
-    except OSError as error:
-        raise DynoError(f"--out: {out}: {error.strerror}") from None
     try:
         yield folder
-        for file in sorted(folder.iterdir()):
-            os.replace(file, out / file.name)
-    except OSError as error:
-        raise DynoError(f"--out: {out}: {error.strerror}; nothing was written") from None
+        with _blaming(out):
+            for file in sorted(folder.iterdir()):
+                os.replace(file, out / file.name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if not existed and not any(out.iterdir()):
             out.rmdir()
 
 
+@contextmanager
+def _blaming(out: Path):
+    """An OSError of writing the results is --out's; one of the measuring is not."""
+    try:
+        yield
+    except OSError as error:
+        raise DynoError(f"--out: {out}: {error.strerror}; nothing was written") from None
+
+
 def write(result: Result, folder: Path) -> None:
-    (folder / "dyno.json").write_text(json.dumps(result.as_dict(), indent=1, allow_nan=False))
-    (folder / "report.html").write_text(render(result), encoding="utf-8")
-    plots.write_pngs(folder, figures(result))
+    page = render(result)
+    data = json.dumps(result.as_dict(), indent=1, allow_nan=False)
+    with _blaming(folder.parent):
+        (folder / "dyno.json").write_text(data)
+        (folder / "report.html").write_text(page, encoding="utf-8")
+        plots.write_pngs(folder, figures(result))
