@@ -32,9 +32,10 @@ inline void check_column_sums(const char* op, const char* tensor, const ColumnSu
 
 // How many chunks the rows fall into: a function of the shape alone.
 namespace cpu {
-// 16 chunks keep the partial sums small beside x; 64 rows keep the last, serial sum short.
+// As many chunks as rows in each, until 64 keep the partial sums small beside x and the last,
+// serial sum short: at 4096 rows the error is half of what 16 chunks leave.
 inline int64_t column_chunks(int64_t rows, int64_t) {
-  return std::clamp<int64_t>(rows / 64, 1, 16);
+  return std::clamp<int64_t>(rows / 64, 1, 64);
 }
 }  // namespace cpu
 namespace cuda {

@@ -5,20 +5,17 @@
 
 #include "redline/kernels/cpu/embedding.h"
 #include "redline/kernels/cpu/isa.h"
+#include "redline/kernels/operands.h"
 
 namespace redline {
 namespace {
 
+constexpr const char* op = "embedding";
 constexpr int64_t int32_limit = int64_t{1} << 31;
 
 void check_token_dtype(const TensorView& tokens) {
   REDLINE_CHECK(tokens.dtype == DType::int64 || tokens.dtype == DType::int32,
                 "embedding: tokens: expected int64 or int32, not ", tokens.dtype);
-}
-
-void check_floating(const char* tensor, const TensorView& view) {
-  REDLINE_CHECK(view.rank == 2 && is_floating(view.dtype), "embedding: ", tensor,
-                ": expected a matrix of a floating dtype, not ", view);
 }
 
 int64_t token_at(const TensorView& tokens, int64_t i) {
@@ -34,27 +31,24 @@ const cpu::EmbeddingKernels& kernels() {
 }  // namespace
 
 void check(const EmbeddingForward& args) {
-  check_floating("weight", args.weight);
+  check_floating(op, "weight", args.weight);
   check_token_dtype(args.tokens);
-  check_vector("embedding", "tokens", args.tokens, args.tokens.sizes[0]);
-  check_rows("embedding", "weight", args.weight, args.weight.sizes[0], args.weight.sizes[1]);
-  check_rows("embedding", "y", args.y, args.tokens.sizes[0], args.weight.sizes[1]);
-  REDLINE_CHECK(args.y.dtype == args.weight.dtype, "embedding: y: expected ", args.weight.dtype,
-                ", not ", args.y.dtype);
+  check_vector(op, "tokens", args.tokens, args.tokens.sizes[0]);
+  check_rows(op, "weight", args.weight, args.weight.sizes[0], args.weight.sizes[1]);
+  check_rows(op, "y", args.y, args.tokens.sizes[0], args.weight.sizes[1]);
+  check_matrix(op, "y", args.y, args.y, args.weight.dtype);
 }
 
 void check(const EmbeddingBackward& args) {
-  check_floating("weight_grad", args.weight_grad);
-  check_floating("y_grad", args.y_grad);
+  check_floating(op, "weight_grad", args.weight_grad);
+  check_floating(op, "y_grad", args.y_grad);
   check_token_dtype(args.tokens);
   const int64_t count = args.tokens.sizes[0], vocabulary = args.weight_grad.sizes[0],
                 hidden = args.weight_grad.sizes[1];
-  check_vector("embedding", "tokens", args.tokens, count);
-  check_rows("embedding", "y_grad", args.y_grad, count, hidden);
-  check_rows("embedding", "weight_grad", args.weight_grad, vocabulary, hidden);
-  const DType dtype = args.weight_grad.dtype, wide = accumulation_dtype(args.y_grad.dtype);
-  REDLINE_CHECK(dtype == args.y_grad.dtype || dtype == wide, "embedding: weight_grad: expected ",
-                args.y_grad.dtype, " or ", wide, ", not ", dtype);
+  check_vector(op, "tokens", args.tokens, count);
+  check_rows(op, "y_grad", args.y_grad, count, hidden);
+  check_rows(op, "weight_grad", args.weight_grad, vocabulary, hidden);
+  check_mixed(op, "weight_grad", args.weight_grad, args.y_grad.dtype);
   REDLINE_CHECK(count < int32_limit && vocabulary < int32_limit,
                 "embedding: tokens: expected fewer than 2^31 tokens and rows, not ", count, " and ",
                 vocabulary);

@@ -1,46 +1,18 @@
 #include "redline/kernels/norm.h"
 
-#include <algorithm>
-
+#include "redline/kernels/column_sums.h"
 #include "redline/kernels/cpu/isa.h"
 #include "redline/kernels/cpu/norm.h"
+#include "redline/kernels/operands.h"
 
 namespace redline {
 namespace {
 
 const char* name(Norm norm) { return norm == Norm::rms ? "rms_norm" : "layer_norm"; }
 
-// x's dtype, or float32 beside a 16-bit x.
-void check_mixed(const char* op, const char* tensor, const TensorView& view, const TensorView& x) {
-  const DType wide = accumulation_dtype(x.dtype);
-  REDLINE_CHECK(view.dtype == x.dtype || view.dtype == wide, op, ": ", tensor, ": expected ",
-                x.dtype, x.dtype == wide ? "" : " or float32", ", not ", view.dtype);
-}
-
-void check_parameter(const char* op, const char* tensor, const TensorView& parameter,
-                     const TensorView& x) {
-  if (!parameter) return;
-  check_vector(op, tensor, parameter, x.sizes[1]);
-  check_mixed(op, tensor, parameter, x);
-}
-
 void check_statistic(const char* op, const char* tensor, const TensorView& statistic,
                      const TensorView& x) {
-  check_vector(op, tensor, statistic, x.sizes[0]);
-  REDLINE_CHECK(statistic.dtype == accumulation_dtype(x.dtype), op, ": ", tensor, ": expected ",
-                accumulation_dtype(x.dtype), ", not ", statistic.dtype);
-}
-
-void check_like_x(const char* op, const char* tensor, const TensorView& view, const TensorView& x) {
-  check_rows(op, tensor, view, x.sizes[0], x.sizes[1]);
-  REDLINE_CHECK(view.dtype == x.dtype, op, ": ", tensor, ": expected ", x.dtype, ", not ",
-                view.dtype);
-}
-
-void check_row_count(const char* op, const TensorView& row_count) {
-  if (!row_count) return;
-  REDLINE_CHECK(row_count.numel() == 1 && row_count.dtype == DType::int64, op,
-                ": row_count: expected one int64, not ", row_count);
+  check_values(op, tensor, statistic, x.sizes[0], accumulation_dtype(x.dtype));
 }
 
 }  // namespace
@@ -50,18 +22,16 @@ void check(const NormForward& args) {
   const TensorView& x = args.x;
   REDLINE_CHECK(x.rank == 2, op, ": x: expected [rows, cols], not ", x);
   check_rows(op, "x", x, x.sizes[0], x.sizes[1]);
-  REDLINE_CHECK(is_floating(x.dtype), op, ": x: expected a floating dtype, not ", x.dtype);
+  check_floating(op, "x", x);
   REDLINE_CHECK(args.epsilon >= 0, op, ": epsilon: expected 0 or more, not ", args.epsilon);
   if (args.residual) {
     check_rows(op, "residual", args.residual, x.sizes[0], x.sizes[1]);
-    check_mixed(op, "residual", args.residual, x);
-    check_rows(op, "sum", args.sum, x.sizes[0], x.sizes[1]);
-    REDLINE_CHECK(args.sum.dtype == args.residual.dtype, op, ": sum: expected ",
-                  args.residual.dtype, ", not ", args.sum.dtype);
+    check_mixed(op, "residual", args.residual, x.dtype);
+    check_matrix(op, "sum", args.sum, x, args.residual.dtype);
   }
-  check_parameter(op, "weight", args.weight, x);
-  check_parameter(op, "bias", args.bias, x);
-  check_like_x(op, "y", args.y, x);
+  check_parameter(op, "weight", args.weight, x.sizes[1], x.dtype);
+  check_parameter(op, "bias", args.bias, x.sizes[1], x.dtype);
+  check_matrix(op, "y", args.y, x, x.dtype);
   check_statistic(op, "inverse_std", args.inverse_std, x);
   if (args.norm == Norm::layer) check_statistic(op, "mean", args.mean, x);
   check_row_count(op, args.row_count);
@@ -74,13 +44,13 @@ void check(const NormBackward& args) {
   REDLINE_CHECK(x.rank == 2, op, ": x: expected [rows, cols], not ", x);
   check_rows(op, "x", x, x.sizes[0], x.sizes[1]);
   check_rows(op, "y_grad", args.y_grad, x.sizes[0], x.sizes[1]);
-  check_mixed(op, "x", x, args.y_grad);
-  check_parameter(op, "weight", args.weight, args.y_grad);
+  check_mixed(op, "x", x, args.y_grad.dtype);
+  check_parameter(op, "weight", args.weight, x.sizes[1], args.y_grad.dtype);
   check_statistic(op, "inverse_std", args.inverse_std, x);
   if (args.norm == Norm::layer) check_statistic(op, "mean", args.mean, x);
-  if (args.sum_grad) check_like_x(op, "sum_grad", args.sum_grad, x);
+  if (args.sum_grad) check_matrix(op, "sum_grad", args.sum_grad, x, x.dtype);
   check_row_count(op, args.row_count);
-  check_like_x(op, "x_grad", args.x_grad, x);
+  check_matrix(op, "x_grad", args.x_grad, x, x.dtype);
   if (args.weight_grad) check_vector(op, "weight_grad", args.weight_grad, x.sizes[1]);
   if (args.bias_grad) check_vector(op, "bias_grad", args.bias_grad, x.sizes[1]);
 }
@@ -97,17 +67,12 @@ void run(const NormForward& args, Range rows) { kernels().forward(args, rows); }
 void run(const NormBackward& args, Range chunks) {
   const int64_t rows = args.x.sizes[0];
   const TensorView& partial = args.weight_partial ? args.weight_partial : args.bias_partial;
-  const int64_t count = partial ? partial.sizes[0] : cpu::norm_chunks(rows, args.x.sizes[1]);
-  const int64_t rows_per_chunk = (rows + count - 1) / count;
+  const int64_t count = partial ? partial.sizes[0] : cpu::column_chunks(rows, args.x.sizes[1]);
   for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-    const int64_t begin = std::min(rows, chunk * rows_per_chunk);
-    kernels().backward(args, chunk, {begin, std::min(rows, begin + rows_per_chunk)});
+    kernels().backward(args, chunk, chunk_rows(rows, count, chunk));
   }
 }
 
 void finish(const NormBackward& args, Range cols) { kernels().finish(args, cols); }
-
-// 16 chunks keep the partial sums small beside x; 64 rows keep the last, serial sum short.
-int64_t cpu::norm_chunks(int64_t rows, int64_t) { return std::clamp<int64_t>(rows / 64, 1, 16); }
 
 }  // namespace redline

@@ -67,11 +67,9 @@ void finish(const NormBackward&, Range cols);
 void run(const NormForward&, Stream);
 void run(const NormBackward&, Stream);
 
-// How many chunks the rows fall into: a function of shape and dtypes (and of the GPU's generation:
-// from compute capability 9.0 on, long rows are shared by a cluster of blocks).
-namespace cpu {
-int64_t norm_chunks(int64_t rows, int64_t cols);
-}
+// How many chunks the rows fall into: a function of shape and dtype, on the CPU
+// cpu::column_chunks(); on CUDA of the GPU's generation too: from compute capability 9.0 on, long
+// rows are shared by a cluster of blocks.
 namespace cuda {
 int64_t norm_chunks(DType y_grad, int64_t rows, int64_t cols, int capability);
 }

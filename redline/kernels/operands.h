@@ -24,6 +24,13 @@ inline void check_matrix(const char* op, const char* tensor, const TensorView& v
   REDLINE_CHECK(view.dtype == dtype, op, ": ", tensor, ": expected ", dtype, ", not ", view.dtype);
 }
 
+// A contiguous vector of one dtype.
+inline void check_values(const char* op, const char* tensor, const TensorView& view, int64_t count,
+                         DType dtype) {
+  check_vector(op, tensor, view, count);
+  REDLINE_CHECK(view.dtype == dtype, op, ": ", tensor, ": expected ", dtype, ", not ", view.dtype);
+}
+
 // An optional contiguous vector beside x.
 inline void check_parameter(const char* op, const char* tensor, const TensorView& parameter,
                             int64_t count, DType x) {

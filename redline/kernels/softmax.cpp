@@ -3,22 +3,12 @@
 #include "redline/core/dispatch.h"
 #include "redline/kernels/cpu/isa.h"
 #include "redline/kernels/cpu/softmax.h"
+#include "redline/kernels/operands.h"
 
 namespace redline {
 namespace {
 
 constexpr const char* op = "softmax";
-
-void check_matrix(const char* tensor, const TensorView& view, const TensorView& like) {
-  check_rows(op, tensor, view, like.sizes[0], like.sizes[1]);
-  REDLINE_CHECK(view.dtype == like.dtype, op, ": ", tensor, ": expected ", like.dtype, ", not ",
-                view.dtype);
-}
-
-void check_values(const char* tensor, const TensorView& view, int64_t count, DType dtype) {
-  check_vector(op, tensor, view, count);
-  REDLINE_CHECK(view.dtype == dtype, op, ": ", tensor, ": expected ", dtype, ", not ", view.dtype);
-}
 
 const cpu::SoftmaxKernels& kernels() {
   return cpu::choose(cpu::baseline::softmax_kernels, cpu::avx2::softmax_kernels,
@@ -45,8 +35,8 @@ void check(const SoftmaxForward& args) {
   const TensorView& scores = args.scores;
   REDLINE_CHECK(scores.rank == 2 && is_floating(scores.dtype), op,
                 ": scores: expected floating [rows, keys], not ", scores);
-  check_matrix("scores", scores, scores);
-  check_matrix("probabilities", args.probabilities, scores);
+  check_matrix(op, "scores", scores, scores, scores.dtype);
+  check_matrix(op, "probabilities", args.probabilities, scores, scores.dtype);
   REDLINE_CHECK(args.window >= 0, op, ": window: expected 1 or more keys, not ", args.window);
   if (args.mask) {
     REDLINE_CHECK(args.mask.rank == 4 && args.mask.dtype == DType::boolean &&
@@ -57,8 +47,8 @@ void check(const SoftmaxForward& args) {
   }
   if (args.sink) {
     const DType dtype = accumulation_dtype(scores.dtype);
-    check_values("sink", args.sink, args.shape.heads, dtype);
-    check_values("sink_probability", args.sink_probability, scores.sizes[0], dtype);
+    check_values(op, "sink", args.sink, args.shape.heads, dtype);
+    check_values(op, "sink_probability", args.sink_probability, scores.sizes[0], dtype);
   }
 }
 
@@ -66,13 +56,14 @@ void check(const SoftmaxBackward& args) {
   const TensorView& probabilities = args.probabilities;
   REDLINE_CHECK(probabilities.rank == 2 && is_floating(probabilities.dtype), op,
                 ": probabilities: expected floating [rows, keys], not ", probabilities);
-  check_matrix("probabilities", probabilities, probabilities);
-  check_matrix("probabilities_grad", args.probabilities_grad, probabilities);
-  check_matrix("scores_grad", args.scores_grad, probabilities);
+  check_matrix(op, "probabilities", probabilities, probabilities, probabilities.dtype);
+  check_matrix(op, "probabilities_grad", args.probabilities_grad, probabilities,
+               probabilities.dtype);
+  check_matrix(op, "scores_grad", args.scores_grad, probabilities, probabilities.dtype);
   if (args.sink_probability) {
     const DType dtype = accumulation_dtype(probabilities.dtype);
-    check_values("sink_probability", args.sink_probability, probabilities.sizes[0], dtype);
-    check_values("sink_grad", args.sink_grad, args.shape.heads, dtype);
+    check_values(op, "sink_probability", args.sink_probability, probabilities.sizes[0], dtype);
+    check_values(op, "sink_grad", args.sink_grad, args.shape.heads, dtype);
   }
 }
 

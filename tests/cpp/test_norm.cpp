@@ -5,6 +5,7 @@
 #include <string>
 #include <tuple>
 
+#include "redline/kernels/column_sums.h"
 #include "redline/kernels/norm.h"
 #include "tests/cpp/buffer.h"
 
@@ -55,8 +56,8 @@ struct NormGradients {
         x_grad(c.dtype, {c.rows, c.cols}),
         weight_grad(c.dtype, {c.cols}),
         bias_grad(c.dtype, {c.cols}),
-        weight_partial(accumulation_dtype(c.dtype), {cpu::norm_chunks(c.rows, c.cols), c.cols}),
-        bias_partial(accumulation_dtype(c.dtype), {cpu::norm_chunks(c.rows, c.cols), c.cols}) {}
+        weight_partial(accumulation_dtype(c.dtype), {cpu::column_chunks(c.rows, c.cols), c.cols}),
+        bias_partial(accumulation_dtype(c.dtype), {cpu::column_chunks(c.rows, c.cols), c.cols}) {}
 
   NormBackward backward(const NormTensors& tensors) const {
     NormBackward args;

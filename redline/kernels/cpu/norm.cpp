@@ -5,22 +5,11 @@
 
 #include <string.h>
 
-#include "redline/kernels/cpu/block.h"
+#include "redline/kernels/cpu/column_sums.h"
+#include "redline/kernels/cpu/elements.h"
 
 namespace redline::cpu::REDLINE_ISA {
 namespace {
-
-int64_t counted_rows(const TensorView& row_count, int64_t rows) {
-  if (!row_count) return rows;
-  const int64_t count = *row_count.as<const int64_t>();
-  return count < rows ? (count > 0 ? count : 0) : rows;
-}
-
-void write_zeros(const TensorView& view, int64_t row) {
-  const int64_t bytes = element_bytes(view.dtype);
-  memset(static_cast<char*>(view.data) + row * view.strides[0] * bytes, 0,
-         static_cast<size_t>(view.sizes[1] * bytes));
-}
 
 // weight and bias of one block; 1 + weight when zero_centered; absent ones read as 1 and 0.
 template <typename Acc>
@@ -234,20 +223,12 @@ void write_x_grad(BackwardRow<Acc>& at, RowMeans<Acc> means, Acc mean, Acc inver
 }
 
 template <typename Acc>
-Acc* partial_row(const TensorView& partial, int64_t chunk) {
-  if (!partial) return nullptr;
-  Acc* sums = partial.as<Acc>() + chunk * partial.strides[0];
-  memset(sums, 0, static_cast<size_t>(partial.sizes[1]) * sizeof(Acc));
-  return sums;
-}
-
-template <typename Acc>
 void backward_rows(const NormBackward& args, int64_t chunk, Range rows) {
   const int64_t counted = counted_rows(args.row_count, args.x.sizes[0]);
   const TensorView no_bias;
   Affine<Acc> affine(args.weight, no_bias, args.zero_centered);
-  Acc* weight_sums = partial_row<Acc>(args.weight_partial, chunk);
-  Acc* bias_sums = partial_row<Acc>(args.bias_partial, chunk);
+  Acc* weight_sums = begin_chunk<Acc>({args.weight_partial, args.weight_grad}, chunk);
+  Acc* bias_sums = begin_chunk<Acc>({args.bias_partial, args.bias_grad}, chunk);
   BackwardRow<Acc> at{args, 0, affine, {}, {}, {}, {}};
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     if (row >= counted) {
@@ -259,25 +240,6 @@ void backward_rows(const NormBackward& args, int64_t chunk, Range rows) {
     const Acc mean = args.mean ? args.mean.as<const Acc>()[row] : 0;
     const RowMeans<Acc> means = accumulate_row(at, {mean, inverse_std}, weight_sums, bias_sums);
     write_x_grad(at, means, mean, inverse_std);
-  }
-}
-
-// Adds the chunks in index order and rounds once.
-template <typename Acc>
-void finish_cols(const TensorView& partial, const TensorView& grad, Range cols) {
-  Block<Acc> block;
-  Acc sums[block_size];
-  for (int64_t col = cols.begin; col < cols.end; col += block_size) {
-    const int count = static_cast<int>(cols.end - col < block_size ? cols.end - col : block_size);
-    memset(sums, 0, sizeof(sums));
-    for (int64_t chunk = 0; chunk < partial.sizes[0]; ++chunk) {
-      const Acc* from = partial.as<const Acc>() + chunk * partial.strides[0] + col;
-      for_vectors<Acc>(
-          count, [&](int i, int n) { store(sums + i, load(sums + i, n) + load(from + i, n), n); });
-    }
-    Acc* out = begin_write(grad.data, grad.dtype, col, block);
-    memcpy(out, sums, static_cast<size_t>(count) * sizeof(Acc));
-    finish_write(grad.data, grad.dtype, col, count, block);
   }
 }
 
@@ -298,10 +260,8 @@ void backward(const NormBackward& args, int64_t chunk, Range rows) {
 }
 
 void finish(const NormBackward& args, Range cols) {
-  const bool wide = args.x.dtype == DType::float64;
-  const auto finish_one = wide ? finish_cols<double> : finish_cols<float>;
-  if (args.weight_grad) finish_one(args.weight_partial, args.weight_grad, cols);
-  if (args.bias_grad) finish_one(args.bias_partial, args.bias_grad, cols);
+  finish_columns({args.weight_partial, args.weight_grad}, cols);
+  finish_columns({args.bias_partial, args.bias_grad}, cols);
 }
 
 }  // namespace
