@@ -45,8 +45,7 @@ std::tuple<Tensor, Tensor> activation_backward(const Tensor& y_grad, const Tenso
   check_devices("activation", x, {{"y_grad", y_grad}, {"bias", value(bias)}});
   const Activation activation = activation_from(kind);
   Tensor x_grad = at::empty_like(x, at::MemoryFormat::Contiguous);
-  Tensor bias_grad =
-      needs_bias ? at::empty_like(*bias, at::MemoryFormat::Contiguous) : no_output(x);
+  Tensor bias_grad = empty_gradient("activation", "bias", bias, needs_bias, x);
   if (x.is_meta()) return {x_grad, bias_grad};
   const Tensor x_rows = with_rows(x), y_grad_rows = with_rows(y_grad);
   const OptionalTensor bias_vector = contiguous(bias);

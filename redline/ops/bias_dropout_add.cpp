@@ -69,8 +69,7 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward(const Tensor& y_grad, const
               ": y_grad: expected at least one dimension, not a scalar");
   Tensor x_grad =
       at::empty_like(y_grad, y_grad.options().dtype(x_dtype), at::MemoryFormat::Contiguous);
-  Tensor bias_grad =
-      needs_bias ? at::empty_like(*bias, at::MemoryFormat::Contiguous) : no_output(x_grad);
+  Tensor bias_grad = empty_gradient(op_name, "bias", bias, needs_bias, x_grad);
   if (y_grad.is_meta()) return {x_grad, bias_grad};
   const Tensor y_grad_rows = with_rows(y_grad);
   const bool flat = !needs_bias && y_grad_rows.is_contiguous();

@@ -110,12 +110,13 @@ Gradients backward(const Tensor& y_grad, const Tensor& x, const OptionalTensor& 
   const GatedActivationKind kind = kind_from(options);
   check_inputs(x, linear, options);
   check_devices(op_name, x, {{"y_grad", y_grad}});
-  const auto like = [&](bool wanted, const OptionalTensor& tensor) {
-    return wanted ? at::empty_like(*tensor, at::MemoryFormat::Contiguous) : no_output(x);
+  const auto like = [&](const char* name, bool wanted, const OptionalTensor& tensor) {
+    return empty_gradient(op_name, name, tensor, wanted, x);
   };
   const Gradients out = {at::empty_like(x, at::MemoryFormat::Contiguous),
-                         like(linear.has_value(), linear), like(needs_bias, options.bias),
-                         like(needs_row_scale, options.row_scale)};
+                         like("linear", linear.has_value(), linear),
+                         like("bias", needs_bias, options.bias),
+                         like("row_scale", needs_row_scale, options.row_scale)};
   if (x.is_meta()) return out;
   const Tensor x_rows = with_rows(x), linear_rows = with_rows(value(linear)),
                y_grad_rows = with_rows(y_grad);

@@ -104,14 +104,14 @@ Tensor partial_sums(const Tensor& x, int64_t chunks, bool needed) {
 }
 
 Gradients backward(const Tensor& y_grad, const Tensor& x, const BackwardInputs& in) {
+  const char* op = op_name(in.norm);
   check_input(in.norm, x);
   check_devices(
-      op_name(in.norm), x,
-      {{"y_grad", y_grad}, {"weight", value(in.weight)}, {"sum_grad", value(in.sum_grad)}});
+      op, x, {{"y_grad", y_grad}, {"weight", value(in.weight)}, {"sum_grad", value(in.sum_grad)}});
   Gradients out;
   out.x = at::empty_like(x, at::MemoryFormat::Contiguous);
-  out.weight = in.needs_weight ? at::empty_like(*in.weight) : no_output(x);
-  out.bias = in.needs_bias ? at::empty_like(*in.bias) : no_output(x);
+  out.weight = empty_gradient(op, "weight", in.weight, in.needs_weight, x);
+  out.bias = empty_gradient(op, "bias", in.bias, in.needs_bias, x);
   if (x.is_meta()) return out;
   const Tensor x_rows = with_rows(x), y_grad_rows = with_rows(y_grad);
   const OptionalTensor weight = contiguous(in.weight), sum_grad = with_rows(in.sum_grad);

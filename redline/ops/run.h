@@ -29,6 +29,16 @@ inline std::optional<at::Tensor> optional(const at::Tensor& tensor) {
 // What an op returns in place of an output that was not asked for.
 inline at::Tensor no_output(const at::Tensor& like) { return at::empty({0}, like.options()); }
 
+// What the gradient of an optional parameter is written to, where it is wanted.
+inline at::Tensor empty_gradient(const char* op, const char* name,
+                                 const std::optional<at::Tensor>& parameter, bool wanted,
+                                 const at::Tensor& like) {
+  if (!wanted) return no_output(like);
+  TORCH_CHECK(parameter && parameter->defined(), op, ": needs_", name, ": expected ", name,
+              " to be given, or false");
+  return at::empty_like(*parameter, at::MemoryFormat::Contiguous);
+}
+
 // Every tensor on one device, or one sentence. Undefined ones are skipped.
 void check_devices(const char* op, const at::Tensor& first,
                    std::initializer_list<std::pair<const char*, at::Tensor>> others);
