@@ -32,8 +32,8 @@ inline void check_column_sums(const char* op, const char* tensor, const ColumnSu
 
 // How many chunks the rows fall into: a function of the shape alone.
 namespace cpu {
-// As many chunks as rows in each, until 64 keep the partial sums small beside x and the last,
-// serial sum short: at 4096 rows the error is half of what 16 chunks leave.
+// 64 keep the partial sums small beside x and the last, serial sum short: at 4096 rows of normal
+// data the error is 0.72 of that of 16 chunks; 32 and 128 leave more.
 inline int64_t column_chunks(int64_t rows, int64_t) {
   return std::clamp<int64_t>(rows / 64, 1, 64);
 }
