@@ -90,6 +90,30 @@ void check_buffer(const Tensor& buffer, const Tensor& y_grad) {
               buffer.sym_sizes());
 }
 
+// Bytes [begin, end) that a tensor with elements reaches.
+std::pair<const char*, const char*> reach(const Tensor& tensor) {
+  int64_t last = 0;
+  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+  const char* begin = static_cast<const char*>(tensor.const_data_ptr());
+  return {begin, begin + (last + 1) * tensor.element_size()};
+}
+
+// Every element of the buffer is its own, and none is read as y_grad.
+void check_overlap(const Tensor& buffer, const Tensor& y_grad) {
+  if (buffer.numel() == 0) return;
+  const int64_t rows = buffer.size(0), cols = buffer.size(1);
+  TORCH_CHECK(buffer.stride(1) == 1 || cols == 1,
+              "embedding: buffer: expected adjacent columns, not a stride of ", buffer.stride(1));
+  TORCH_CHECK(buffer.stride(0) >= cols || rows == 1,
+              "embedding: buffer: expected rows that do not overlap, not a stride of ",
+              buffer.stride(0), " for ", cols, " columns");
+  if (y_grad.numel() == 0) return;
+  const auto [begin, end] = reach(buffer);
+  const auto [y_begin, y_end] = reach(y_grad);
+  TORCH_CHECK(end <= y_begin || y_end <= begin,
+              "embedding: buffer: expected memory of its own, not that of y_grad");
+}
+
 // Adds to `weight_grad`, or fills it.
 void sum_gradients(const Tensor& y_grad, const Tensor& tokens, const Tensor& weight_grad,
                    std::optional<int64_t> padding_idx, bool accumulate) {
@@ -121,7 +145,10 @@ void backward_into(const Tensor& buffer, const Tensor& y_grad, const Tensor& tok
                    std::optional<int64_t> padding_idx) {
   check_backward(y_grad, tokens);
   check_buffer(buffer, y_grad);
-  if (!y_grad.is_meta()) sum_gradients(y_grad, tokens, buffer, padding_idx, true);
+  if (!y_grad.is_meta()) {
+    check_overlap(buffer, y_grad);
+    sum_gradients(y_grad, tokens, buffer, padding_idx, true);
+  }
   buffer.unsafeGetTensorImpl()->bump_version();
 }
 

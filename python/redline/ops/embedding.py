@@ -21,3 +21,15 @@ def embedding(tokens: Tensor, weight: Tensor, padding_idx: int | None = None) ->
             [0.]])
     """
     return _ops.embedding(tokens, weight, padding_idx)
+
+
+def embedding_backward_into(
+    buffer: Tensor, y_grad: Tensor, tokens: Tensor, padding_idx: int | None = None
+) -> None:
+    """buffer[tokens] += y_grad: the gradient of `embedding`, added to what `buffer` holds.
+
+    buffer: [vocabulary, hidden] of y_grad's dtype or float32, such as a ``main_grad``; its rows may
+    lie apart, and it shares no memory with y_grad: both are checked. y_grad: [*tokens, hidden]. A
+    row's tokens are added in the order of `embedding`, to the row's value, and rounded once.
+    """
+    _ops.embedding_backward_into(buffer, y_grad, tokens, padding_idx)
