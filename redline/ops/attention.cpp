@@ -309,5 +309,6 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
 
 // A composition of differentiable ops: tracing and autograd see those.
 TORCH_LIBRARY_IMPL(redline, CompositeImplicitAutograd, m) { m.impl("attention", composed); }
+TORCH_LIBRARY_IMPL(redline, FuncTorchBatched, m) { refuse_vmap(m, {"attention"}); }
 
 }  // namespace redline::ops
