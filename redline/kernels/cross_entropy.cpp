@@ -1,8 +1,11 @@
 #include "redline/kernels/cross_entropy.h"
 
+#include <limits>
+
 #include "redline/core/dispatch.h"
 #include "redline/kernels/cpu/cross_entropy.h"
 #include "redline/kernels/cpu/isa.h"
+#include "redline/kernels/operands.h"
 
 namespace redline {
 namespace {
@@ -12,14 +15,11 @@ constexpr const char* op = "cross_entropy";
 void check_logits(const TensorView& logits) {
   REDLINE_CHECK(logits.rank == 2, op, ": logits: expected [rows, vocabulary], not ", logits);
   check_rows(op, "logits", logits, logits.sizes[0], logits.sizes[1]);
-  REDLINE_CHECK(is_floating(logits.dtype), op, ": logits: expected a floating dtype, not ",
-                logits.dtype);
+  check_floating(op, "logits", logits);
 }
 
 void check_target_vector(const TensorView& targets, int64_t rows) {
-  check_vector(op, "targets", targets, rows);
-  REDLINE_CHECK(targets.dtype == DType::int64, op, ": targets: expected int64, not ",
-                targets.dtype);
+  check_values(op, "targets", targets, rows, DType::int64);
 }
 
 void check_statistics(const TensorView& statistics, int64_t rows, DType dtype) {
@@ -28,11 +28,6 @@ void check_statistics(const TensorView& statistics, int64_t rows, DType dtype) {
                 op, ": statistics: expected [", rows, ", 3 or 4], not ", statistics);
   REDLINE_CHECK(statistics.dtype == dtype, op, ": statistics: expected ", dtype, ", not ",
                 statistics.dtype);
-}
-
-void check_values(const char* tensor, const TensorView& view, int64_t count, DType dtype) {
-  check_vector(op, tensor, view, count);
-  REDLINE_CHECK(view.dtype == dtype, op, ": ", tensor, ": expected ", dtype, ", not ", view.dtype);
 }
 
 void check_softcap(double softcap) {
@@ -46,6 +41,11 @@ void check_smoothing(double label_smoothing, const TensorView& statistics) {
                 ": statistics: expected [rows, 4], with the sum of the logits, for label "
                 "smoothing, not ",
                 statistics);
+}
+
+void check_z_loss(double z_loss) {
+  REDLINE_CHECK(z_loss >= 0 && z_loss < std::numeric_limits<double>::infinity(), op,
+                ": z_loss: expected a finite number of 0 or more, not ", z_loss);
 }
 
 const cpu::CrossEntropyKernels& kernels() {
@@ -68,13 +68,14 @@ void check(const CrossEntropyLoss& args) {
   const DType dtype = args.statistics.dtype;
   check_statistics(args.statistics, rows, dtype);
   check_target_vector(args.targets, rows);
-  check_values("row_loss", args.row_loss, rows, dtype);
-  check_values("log_sum_exp", args.log_sum_exp, rows, dtype);
+  check_values(op, "row_loss", args.row_loss, rows, dtype);
+  check_values(op, "log_sum_exp", args.log_sum_exp, rows, dtype);
   if (args.reduction != Reduction::none) {
-    check_values("loss", args.loss, 1, dtype);
-    check_values("count", args.count, 1, dtype);
+    check_values(op, "loss", args.loss, 1, dtype);
+    check_values(op, "count", args.count, 1, dtype);
   }
   check_smoothing(args.label_smoothing, args.statistics);
+  check_z_loss(args.z_loss);
 }
 
 void check(const CrossEntropyGradient& args) {
@@ -87,13 +88,14 @@ void check(const CrossEntropyGradient& args) {
       args.loss_grad.rank == 1 && args.loss_grad.sizes[0] == rows && args.loss_grad.dtype == dtype,
       op, ": loss_grad: expected [", rows, "] ", dtype, ", not ", args.loss_grad);
   if (args.log_sum_exp_grad) {
-    check_values("log_sum_exp_grad", args.log_sum_exp_grad, rows, dtype);
+    check_values(op, "log_sum_exp_grad", args.log_sum_exp_grad, rows, dtype);
   }
-  if (args.count) check_values("count", args.count, 1, dtype);
+  if (args.count) check_values(op, "count", args.count, 1, dtype);
   check_rows(op, "logits_grad", args.logits_grad, rows, args.logits.sizes[1]);
   REDLINE_CHECK(args.logits_grad.dtype == args.logits.dtype, op, ": logits_grad: expected ",
                 args.logits.dtype, ", not ", args.logits_grad.dtype);
   check_softcap(args.softcap);
+  check_z_loss(args.z_loss);
 }
 
 void check_targets(const TensorView& targets, int64_t vocabulary, int64_t ignore_index) {

@@ -83,6 +83,18 @@ void for_tokens(const Rotary& args, Range tokens, Body body) {
   }
 }
 
+void check_boundaries(const Rotary& args) {
+  const int64_t tokens = args.x.sizes[1];
+  int64_t last = 0;
+  for (int64_t i = 0; i < args.cu_seqlens.sizes[0]; ++i) {
+    const int64_t boundary = read_index(args.cu_seqlens, i);
+    REDLINE_CHECK(boundary >= last && boundary <= tokens, name(args),
+                  ": cu_seqlens: expected rising boundaries from 0 to ", tokens, ", not ", boundary,
+                  " at ", i);
+    last = boundary;
+  }
+}
+
 }  // namespace
 
 void check(const Rotary& args) {
@@ -115,6 +127,7 @@ void check(const Rotary& args) {
 }
 
 void check_positions(const Rotary& args) {
+  if (args.cu_seqlens) check_boundaries(args);
   if (!args.positions && !args.cu_seqlens) return;
   for_tokens(args, {0, args.x.sizes[0] * args.x.sizes[1]}, [](int64_t, int64_t, int64_t) {});
 }
