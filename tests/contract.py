@@ -5,6 +5,8 @@ import warnings
 import pytest
 import torch
 
+from cases import strided
+
 
 def gradients(op, inputs, upstreams=None):
     """Outputs and the gradients of the differentiable inputs under random upstream gradients."""
@@ -26,22 +28,49 @@ def gradients(op, inputs, upstreams=None):
     return outputs, grads, upstreams
 
 
+def equal_bits(ours, theirs):
+    """Holds two lists of tensors, some of them None, to the same bits; NaN is equal to NaN."""
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert (a is None) == (b is None), f"result {index}"
+        if a is not None:
+            a, b = (tensor.detach().nan_to_num(123.0) for tensor in (a, b))
+            assert torch.equal(a, b), f"result {index}"
+
+
 def same_bits(op, inputs):
-    """Forward and backward twice, and with one thread: equal bits."""
-    first = gradients(op, inputs)
-    again = gradients(op, inputs, first[2])
+    """Forward and backward on four threads, again, and on one and three: equal bits.
+
+    The op must have rows enough for several tasks (ops/run.h, rows_per_task).
+    """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    upstreams, expected = None, None
     try:
-        alone = gradients(op, inputs, first[2])
+        for count in (4, 4, 1, 3):
+            torch.set_num_threads(count)
+            outputs, grads, upstreams = gradients(op, inputs, upstreams)
+            expected = expected or (*outputs, *grads)
+            equal_bits((*outputs, *grads), expected)
     finally:
         torch.set_num_threads(threads)
-    for other in (again, alone):
-        for ours, theirs in zip(first[0] + first[1], other[0] + other[1], strict=True):
-            assert (ours is None) == (theirs is None)
-            assert ours is None or torch.equal(
-                ours.detach().nan_to_num(123.0), theirs.detach().nan_to_num(123.0)
-            )
+
+
+def gradient_ignores_strides_and_neighbours(op, inputs, rows):
+    """The gradient of the first input: of strided tensors, and of single rows of the leading axis.
+
+    The inputs behind the first belong to every row.
+    """
+    x, *rest = inputs
+    _, (expected, *_), (upstream,) = gradients(op, inputs)
+
+    def gradient(x, upstream, *rest):
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(op(leaf, *rest), leaf, upstream)[0]
+
+    apart = gradient(strided(x), strided(upstream), *[strided(tensor) for tensor in rest])
+    assert torch.equal(apart, expected)
+    for row in rows:
+        one = slice(row, row + 1)
+        assert torch.equal(gradient(x[one], upstream[one], *rest), expected[one]), f"row {row}"
 
 
 def passes_opcheck(op, args, kwargs=None, inner=False):
@@ -54,23 +83,34 @@ def passes_opcheck(op, args, kwargs=None, inner=False):
         torch.library.opcheck(op, args, kwargs or {}, test_utils=tests)
 
 
+def longer(inputs):
+    """The inputs with one more of the leading axis that the first has."""
+    count = inputs[0].shape[0]
+    return [
+        torch.cat([tensor, tensor[:1]]) if tensor.dim() and tensor.shape[0] == count else tensor
+        for tensor in inputs
+    ]
+
+
 def compiles(op, inputs, backend="aot_eager"):
     """fullgraph, with gradients, and again at another leading size without a graph break."""
     torch._dynamo.reset()
     compiled = torch.compile(op, fullgraph=True, backend=backend, dynamic=None)
-    ours = gradients(compiled, inputs)
-    stock = gradients(op, inputs, ours[2])
-    for a, b in zip(ours[0] + ours[1], stock[0] + stock[1], strict=True):
-        assert a is None or torch.equal(a.nan_to_num(1.0), b.nan_to_num(1.0))
+    for given in (inputs, longer(inputs)):
+        ours = gradients(compiled, given)
+        stock = gradients(op, given, ours[2])
+        equal_bits(ours[0] + ours[1], stock[0] + stock[1])
 
 
 def compiles_dynamic(op, inputs):
+    """One graph serves two leading sizes."""
     torch._dynamo.reset()
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager", dynamic=True)
-    ours = gradients(compiled, inputs)
-    stock = gradients(op, inputs, ours[2])
-    for a, b in zip(ours[0] + ours[1], stock[0] + stock[1], strict=True):
-        assert a is None or torch.equal(a.nan_to_num(1.0), b.nan_to_num(1.0))
+    for given, again in ((inputs, False), (longer(inputs), True)):
+        with torch._dynamo.config.patch(error_on_recompile=again):
+            ours = gradients(compiled, given)
+        stock = gradients(op, given, ours[2])
+        equal_bits(ours[0] + ours[1], stock[0] + stock[1])
 
 
 def exports(op, inputs):
@@ -105,30 +145,46 @@ def refuses_double_backward(op, inputs):
         torch.autograd.grad(grads[0].sum(), leaves)
 
 
-def captures(op, inputs):
-    """A CUDA graph of the forward replays to the same bits on new data."""
+def captures(op, inputs, backward=True):
+    """A CUDA graph of forward and backward replays to the same bits on new data."""
     static = [tensor.clone() for tensor in inputs]
+    leaves = [tensor.requires_grad_(backward) for tensor in static if tensor.is_floating_point()]
+    upstream = torch.randn_like(first(op(*static)))
+
+    def step():
+        out = first(op(*static))
+        if not backward:
+            return [out.detach()]
+        return [out.detach(), *torch.autograd.grad(out, leaves, upstream, allow_unused=True)]
+
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side), torch.no_grad():
-        op(*static)
+    with torch.cuda.stream(side):
+        step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.no_grad():
-        out = first(op(*static))
-    for tensor in static:
-        if tensor.is_floating_point():
-            tensor.mul_(0.5)
-    graph.replay()
+    with torch.cuda.graph(graph):
+        results = step()
     with torch.no_grad():
-        assert torch.equal(out, first(op(*static)))
+        for leaf in leaves:
+            leaf.mul_(0.5)
+    graph.replay()
+    equal_bits(results, step())
 
 
-def agrees_on_side_stream(op, inputs):
-    expected = first(op(*inputs))
+def agrees_on_side_stream(op, inputs, backward=True):
+    """Forward and backward on a stream that is not the default one."""
+
+    def results(upstreams=None):
+        if not backward:
+            return [first(op(*inputs))], None
+        outputs, grads, upstreams = gradients(op, inputs, upstreams)
+        return [*outputs, *grads], upstreams
+
+    expected, upstreams = results()
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        out = first(op(*inputs))
+        ours, _ = results(upstreams)
     side.synchronize()
-    assert torch.equal(out, expected)
+    equal_bits(ours, expected)

@@ -89,8 +89,8 @@ def test_mixed_dtypes_and_extremes(kind, device):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_bits_do_not_depend_on_strides_threads_or_neighbours(dtype, device):
     x, bias = inputs((40, 999), dtype, device)
-    contract.same_bits(ops.activation, [x, bias])
     contract.same_bits(ops.activation, [randn(300, 999, dtype=dtype, device=device), bias])
+    contract.gradient_ignores_strides_and_neighbours(ops.activation, [x, bias], (0, 17, 39))
     for extra in ((), (bias,)):
         y = ops.activation(x, *extra)
         assert torch.equal(ops.activation(strided(x), *extra), y)
@@ -151,6 +151,8 @@ def test_bad_arguments(device):
     ]:
         with pytest.raises(RuntimeError, match=message):
             ops.activation(*arguments)
+    with pytest.raises(RuntimeError, match="activation: needs_bias: expected bias to be given"):
+        torch.ops.redline.activation_backward(x, x, None, "gelu", True)
     if device == "cuda":
         with pytest.raises(RuntimeError, match="bias: expected a tensor on cuda:0, not on cpu"):
             ops.activation(x, bias.cpu())

@@ -187,8 +187,8 @@ def test_gradient_has_the_mask_of_forward(device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_bits_do_not_depend_on_strides_or_threads(dtype, device):
+    contract.same_bits(seeded(op), inputs((300, 999), dtype, device))
     given = inputs((40, 999), dtype, device)
-    contract.same_bits(seeded(op), given)
     x, bias, residual = given
     y = seeded(op)(*given)
     assert torch.equal(seeded(op)(strided(x), strided(bias), strided(residual)), y)
@@ -297,6 +297,9 @@ def test_bad_arguments(device):
         with pytest.raises(RuntimeError, match=f"bias_dropout_add: {message}"):
             ops.bias_dropout_add(*arguments)
         assert torch.equal(state, torch.get_rng_state())
+    backward, state = torch.ops.redline.bias_dropout_add_backward, torch.zeros(0, device=device)
+    with pytest.raises(RuntimeError, match="needs_bias: expected bias to be given, or false"):
+        backward(x, state.long(), None, torch.float32, P, True)
     if device == "cuda":
         with pytest.raises(RuntimeError, match="residual: expected a tensor on cuda:0, not on cpu"):
             ops.bias_dropout_add(x, bias, x.cpu(), P)

@@ -256,7 +256,9 @@ def test_inplace_backward_under_compile_keeps_the_logits(device):
         loss = ops.cross_entropy(logits, targets, inplace_backward=True)
         return loss, logits.square().sum()
 
-    contract.compiles(lambda x: ops.cross_entropy(x * 2, targets, inplace_backward=True), [leaf])
+    contract.compiles(
+        lambda x, t: ops.cross_entropy(x * 2, t, inplace_backward=True), [leaf, targets]
+    )
     torch._dynamo.reset()
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     x = leaf.requires_grad_()
@@ -353,6 +355,13 @@ def test_bad_arguments(device):
         ((x[0, 0], t[0]), {}, "logits: expected at least one dimension, not a scalar"),
         ((x, t, "average"), {}, "reduction: expected none, mean or sum, not average"),
         ((x, t), {"label_smoothing": 1.5}, r"label_smoothing: expected a number of \[0, 1\]"),
+        ((x, t), {"z_loss": -1e-4}, "z_loss: expected a finite number of 0 or more, not -0.0001"),
+        ((x, t), {"z_loss": float("nan")}, "z_loss: expected a finite number of 0 or more, not"),
+        (
+            (x, t),
+            {"z_loss": float("inf")},
+            "z_loss: expected a finite number of 0 or more, not inf",
+        ),
         ((x, t), {"logit_softcap": 0.0}, "logit_softcap: expected more than 0, not 0"),
     ]:
         with pytest.raises(RuntimeError, match="cross_entropy: " + message):

@@ -144,8 +144,12 @@ def test_bits_do_not_depend_on_strides_threads_or_neighbours(dtype, device):
     given = inputs((40, 999), dtype, device)
     for kind in ("swiglu", "geglu"):
         function = packed(kind)
-        contract.same_bits(function, given)
-        contract.same_bits(packed(kind, ()), given[:1])
+        many = inputs((300, 999), dtype, device)
+        contract.same_bits(function, many)
+        contract.same_bits(packed(kind, ()), many[:1])
+        contract.gradient_ignores_strides_and_neighbours(
+            packed(kind, ("bias",)), given[:2], (0, 17, 39)
+        )
         y = function(*given)
         assert torch.equal(function(strided(given[0]), *given[1:]), y)
         for row in (0, 17, 39):
@@ -260,6 +264,13 @@ def test_bad_arguments(device):
         ops.gated_activation_pair(x, x[:, :4])
     with pytest.raises(RuntimeError, match="linear: expected float32, not bfloat16"):
         ops.gated_activation_pair(x, x.bfloat16())
+    for needs in ("bias", "row_scale"):
+        wanted = [needs == name for name in ("bias", "row_scale")]
+        message = f"gated_activation: needs_{needs}: expected {needs} to be given, or false"
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.redline.gated_activation_backward(
+                x[:, :4], x, None, "swiglu", *[None] * 6, *wanted
+            )
     if device == "cuda":
         with pytest.raises(RuntimeError, match="bias: expected a tensor on cuda:0, not on cpu"):
             ops.gated_activation(x, bias=bias.cpu())

@@ -139,7 +139,8 @@ def test_bits_do_not_depend_on_strides_threads_or_neighbours(norm, dtype, device
     x = randn(40, 999, dtype=dtype, device=device)
     extra = parameters(norm, 999, dtype, device)
     function = getattr(ops, norm)
-    contract.same_bits(function, [x, *extra])
+    contract.same_bits(function, [randn(300, 999, dtype=dtype, device=device), *extra])
+    contract.gradient_ignores_strides_and_neighbours(function, [x, *extra], (0, 17, 39))
     y = function(x, *extra)
     assert torch.equal(function(strided(x), *[strided(e) for e in extra]), y)
     assert torch.equal(
@@ -262,6 +263,13 @@ def test_bad_arguments(device):
         ops.residual_layer_norm(x, x[:, :7], w, w)
     with pytest.raises(RuntimeError, match="layer_norm: residual: expected float32, not bfloat16"):
         ops.residual_layer_norm(x, x.bfloat16(), w, w)
+    statistic, inner = torch.ones(4, device=device), torch.ops.redline
+    with pytest.raises(RuntimeError, match="rms_norm: needs_weight: expected weight to be given"):
+        inner.rms_norm_backward(x, x, None, statistic, None, False, None, True)
+    rest = (statistic, statistic, None, False, None)
+    for given, message in (((None, w), "needs_weight"), ((w, None), "needs_bias")):
+        with pytest.raises(RuntimeError, match=f"layer_norm: {message}: expected"):
+            inner.layer_norm_backward(x, x, *given, *rest, True, True)
     with pytest.raises(RuntimeError, match="row_count: expected one int64"):
         ops.rms_norm(x, w, row_count=torch.tensor(1.0, device=device))
     if device == "cuda":

@@ -106,6 +106,20 @@ def test_positions_restart_at_each_boundary(device):
     assert torch.equal(y[9:], x[9:])
 
 
+@pytest.mark.parametrize(
+    ("boundaries", "message"),
+    [([0, 3, 2, 4], "not 2 at 2"), ([0, 5], "not 5 at 1"), ([-1, 4], "not -1 at 0")],
+)
+def test_boundaries_that_do_not_rise(boundaries, message, device):
+    if device == "cuda":
+        pytest.skip("on CUDA nothing reads the boundaries back")
+    cos, sin = tables(8, 8, device)
+    x, cu_seqlens = torch.zeros(4, 2, 8), torch.tensor(boundaries)
+    expected = f"rotary: cu_seqlens: expected rising boundaries from 0 to 4, {message}"
+    with pytest.raises(RuntimeError, match=expected):
+        ops.rotary(x, cos, sin, layout="thd", cu_seqlens=cu_seqlens)
+
+
 def packed_qkv(device, dtype=torch.float32, layout="bshd"):
     q_heads, kv_heads, head_dim = 6, 2, 16
     qkv = randn(2, 5, kv_heads * (3 + 2) * head_dim, dtype=dtype, device=device)
@@ -173,6 +187,9 @@ def test_same_bits(device):
     cos, sin = tables(64, 64, device)
     x = randn(8, 64, 4, 64, dtype=torch.bfloat16, device=device)
     contract.same_bits(lambda x: ops.rotary(x, cos, sin), [x])
+    contract.gradient_ignores_strides_and_neighbours(
+        lambda x: ops.rotary(x, cos, sin), [x], (0, 3, 7)
+    )
 
 
 def test_does_not_return_an_alias(device):

@@ -109,7 +109,9 @@ def test_infinite_and_extreme_scores_follow_stock(device):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_bits_do_not_depend_on_strides_threads_or_neighbours(dtype, device):
     scores, mask, sink = inputs_of((3, 4, 10, 333), dtype, device)
-    contract.same_bits(lambda x, s: ops.softmax(x, mask, 0.5, True, 9, s), [scores, sink])
+    many, wide_mask, _ = inputs_of((3, 4, 80, 333), dtype, device)
+    contract.same_bits(lambda x, s: ops.softmax(x, wide_mask, 0.5, True, 9, s), [many, sink])
+    contract.gradient_ignores_strides_and_neighbours(ops.softmax, [scores], (0, 2))
     out = ops.softmax(scores, mask, 0.5, True, sink=sink)
     assert torch.equal(ops.softmax(strided(scores), strided(mask), 0.5, True, sink=sink), out)
     swapped = scores.transpose(1, 2).contiguous().transpose(1, 2)
