@@ -49,8 +49,8 @@ Tensor GPTImpl::forward(const Tensor& tokens, const Packing& packing) {
 
 Tensor GPTImpl::loss(const Tensor& tokens, const Tensor& targets, const Packing& packing) {
   const Tensor logits = forward(tokens, packing);
-  // No one else reads these logits, so backward may write their gradient over them.
-  return ops::cross_entropy(logits, targets, {.inplace_backward = logits.requires_grad()});
+  const bool inplace = options.inplace_backward && logits.requires_grad();
+  return ops::cross_entropy(logits, targets, {.inplace_backward = inplace});
 }
 
 }  // namespace redline::layers

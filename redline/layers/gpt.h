@@ -14,6 +14,10 @@ struct GPTOptions {
   int64_t layers = 0;
   TransformerLayerOptions layer = {};
   bool tied = false;  // embedding.weight is the head
+  // Backward writes the gradient of loss()'s logits over them, which saves a buffer of their size.
+  // A second backward through the same loss is then an error, and a hook that keeps what the head
+  // returned keeps its gradient.
+  bool inplace_backward = true;
 };
 
 class GPTImpl : public torch::nn::Cloneable<GPTImpl> {

@@ -18,6 +18,10 @@ class GPT(torch.nn.Module):
     forward(tokens [batch, sequence]) -> logits [batch, sequence, vocabulary]; with targets of the
     tokens' shape -> the mean cross entropy, a float32 scalar. `tied`: embedding.weight is the head.
 
+    inplace_backward: backward writes the gradient of the loss's logits over them, which saves a
+    buffer of their size; a second backward through the same loss is then an error. Forward hooks on
+    ``head`` see the logits and may keep them: with one registered nothing is written over.
+
     >>> GPT(8192, 256, 704, layers=2, heads=4)(torch.zeros(1, 16, dtype=torch.int64)).shape
     torch.Size([1, 16, 8192])
     """
@@ -32,6 +36,7 @@ class GPT(torch.nn.Module):
         kv_heads=None,
         tied=False,
         *,
+        inplace_backward=True,
         normalization="RMSNorm",
         eps=1e-5,
         zero_centered=False,
@@ -43,6 +48,7 @@ class GPT(torch.nn.Module):
         factory = {"device": device, "dtype": dtype}
         norm = {"eps": eps, "zero_centered": zero_centered}
         layer |= {"normalization": normalization, **norm, **factory}
+        self.inplace_backward = inplace_backward
         self.embedding = Embedding(vocabulary, hidden_size, **factory)
         self.layers = torch.nn.ModuleList(
             TransformerLayer(hidden_size, ffn_hidden_size, heads, kv_heads, **layer)
@@ -76,5 +82,6 @@ class GPT(torch.nn.Module):
             logits = self.head(x)
         if targets is None:
             return logits
-        # No one else reads these logits, so backward may write their gradient over them.
-        return ops.cross_entropy(logits, targets, inplace_backward=logits.requires_grad)
+        seen = self.head is not None and len(self.head._forward_hooks) > 0
+        inplace = self.inplace_backward and logits.requires_grad and not seen
+        return ops.cross_entropy(logits, targets, inplace_backward=inplace)
