@@ -46,19 +46,19 @@ AdamW::AdamW(std::vector<AdamWGroup> groups) : groups_(std::move(groups)) {
   }
 }
 
-void AdamW::step() {
+void AdamW::step(const AdamWScaling& scaling) {
   const at::NoGradGuard no_grad;
   for (size_t i = 0; i < groups_.size(); ++i) {
     if (std::exchange(written_[i], groups_[i].learning_rate) != groups_[i].learning_rate) {
       learning_rates_[i].fill_(groups_[i].learning_rate);
     }
-    step_group(i, false);
-    step_group(i, true);
+    step_group(i, false, scaling);
+    step_group(i, true, scaling);
   }
   clip_coefficient_ = at::Tensor();
 }
 
-void AdamW::step_group(size_t group, bool with_master) {
+void AdamW::step_group(size_t group, bool with_master, const AdamWScaling& scaling) {
   const AdamWGroup& options = groups_[group];
   std::vector<Tensor> parameters, gradients, exp_avgs, exp_avg_sqs, masters, steps;
   for (size_t i = 0; i < options.parameters.size(); ++i) {
@@ -80,7 +80,9 @@ void AdamW::step_group(size_t group, bool with_master) {
                    .masters = masters,
                    .steps = steps},
                   {.learning_rate = learning_rates_[group],
-                   .clip_coefficient = ops::optional(clip_coefficient_)},
+                   .clip_coefficient = ops::optional(clip_coefficient_),
+                   .grad_scale = scaling.grad_scale,
+                   .found_inf = scaling.found_inf},
                   {.beta1 = options.beta1,
                    .beta2 = options.beta2,
                    .epsilon = options.epsilon,
@@ -119,6 +121,18 @@ std::map<std::string, Tensor> AdamW::state_of(const Tensor& parameter) const {
     }
   }
   TORCH_CHECK(false, "AdamW: parameter: expected one of the optimizer's");
+}
+
+void AdamW::load_state_of(const Tensor& parameter, const std::map<std::string, Tensor>& state) {
+  const at::NoGradGuard no_grad;
+  std::map<std::string, Tensor> own = state_of(parameter);
+  for (const auto& [name, tensor] : own) {
+    const auto found = state.find(name);
+    TORCH_CHECK(found != state.end(), "AdamW: state: expected ", name, " beside the others");
+    TORCH_CHECK(found->second.sizes() == tensor.sizes(), "AdamW: state: ", name, ": expected ",
+                tensor.sizes(), ", not ", found->second.sizes());
+  }
+  for (auto& [name, tensor] : own) tensor.copy_(state.at(name));
 }
 
 }  // namespace redline
