@@ -106,6 +106,12 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for group in state_dict["param_groups"]:
+            if not group.get("decoupled_weight_decay", True):
+                raise ValueError(
+                    "AdamW: state: expected one of an AdamW, not of torch.optim.Adam, whose weight "
+                    "decay is part of its averages"
+                )
         # torch casts averages to the parameter's dtype: they are taken again from what it was
         # given, after every hook.
         given: dict[str, Any] = {}
