@@ -1,6 +1,8 @@
 // Trains a GPT on a file's bytes or tokens; examples/python/train_gpt.py gives the same losses.
 //
 //   train_gpt --text book.txt --steps 100 --checkpoint book.safetensors
+#include <cctype>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -34,21 +36,33 @@ struct Arguments {
 
 [[noreturn]] void refuse(const std::string& what) { throw std::runtime_error(what); }
 
-int64_t whole_number(const std::string& name, const char* text) {
+int64_t whole_number(const std::string& name, const char* text, int64_t least) {
   char* end = nullptr;
   errno = 0;
   const int64_t value = std::strtoll(text, &end, 10);
-  if (errno || end == text || *end || value < 0)
-    refuse("--" + name + ": expected a whole number, not " + text);
+  if (errno || !std::isdigit(static_cast<unsigned char>(*text)) || *end || value < least)
+    refuse("--" + name + ": expected a whole number of " + std::to_string(least) +
+           " or more, not " + text);
   return value;
 }
 
 double positive_number(const std::string& name, const std::string& text) {
   char* end = nullptr;
   const double value = std::strtod(text.c_str(), &end);
-  if (end == text.c_str() || *end || !(value > 0))
+  if (end == text.c_str() || *end || !(value > 0 && std::isfinite(value)))
     refuse("--" + name + ": expected a positive number, not " + text);
   return value;
+}
+
+void check_device(const std::string& text) {
+  const std::string_view index = text.starts_with("cuda:") ? std::string_view(text).substr(5) : "0";
+  const bool number = !index.empty() && index.find_first_not_of("0123456789") == index.npos;
+  if (text == "cpu") return;
+  if (!number || !text.starts_with("cuda") || (text.size() > 4 && text[4] != ':'))
+    refuse("--device: expected cpu, cuda or cuda:N, not " + text);
+  const auto gpus = static_cast<uint64_t>(torch::cuda::device_count());
+  if (std::strtoull(index.data(), nullptr, 10) >= gpus)
+    refuse("--device: " + text + ": torch sees " + std::to_string(gpus) + " GPUs here");
 }
 
 Arguments parse_arguments(int count, char** values) {
@@ -60,13 +74,16 @@ Arguments parse_arguments(int count, char** values) {
     if (!size && !arguments.words.contains(name)) refuse(flag + ": no such option");
     if (i + 1 == count) refuse(flag + ": expected a value");
     if (size) {
-      arguments.sizes[name] = whole_number(name, values[i + 1]);
+      const int64_t least = name == "steps" || name == "seed" ? 0 : 1;
+      arguments.sizes[name] = whole_number(name, values[i + 1], least);
     } else {
       arguments.words[name] = values[i + 1];
     }
   }
   if (arguments.word("text").empty() == arguments.word("tokens").empty())
     refuse("expected one of --text FILE and --tokens FILE");
+  positive_number("learning-rate", arguments.word("learning-rate"));
+  check_device(arguments.word("device"));
   return arguments;
 }
 
@@ -184,7 +201,7 @@ void load_checkpoint(Run& run) {
     for (auto& [key, tensor] : run.optimizer.state_of(named.value()))
       fill(tensor, "optimizer." + named.key() + '.' + key);
   }
-  run.step = whole_number("step", file.metadata["step"].c_str());
+  run.step = whole_number("step", file.metadata["step"].c_str(), 0);
 }
 
 void train(Run& run, const Tensor& tokens) {

@@ -5,7 +5,9 @@ python examples/python/train_gpt.py --text book.txt --steps 100 --checkpoint boo
 """
 
 import argparse
+import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -19,34 +21,73 @@ from redline.optim import AdamW, clip_grad_norm
 FORMAT = "redline.train_gpt"
 STATE = ("step", "exp_avg", "exp_avg_sq")
 SIZES = ("vocabulary", "layers", "hidden", "ffn", "heads", "kv_heads")
+NUMBERS = {  # default and least
+    "steps": (100, 0),
+    "batch": (4, 1),
+    "sequence": (128, 1),
+    "vocabulary": (256, 1),
+    "layers": (2, 1),
+    "hidden": (128, 1),
+    "ffn": (352, 1),
+    "heads": (4, 1),
+    "kv-heads": (2, 1),
+    "seed": (1, 0),
+}
 
 
 class Fault(Exception):
     """What the user can mend: printed as one line."""
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise Fault(message)
+
+
+def whole_number(name, text, least):
+    if not (text.isascii() and text.isdigit() and least <= int(text) < 2**63):
+        raise Fault(f"--{name}: expected a whole number of {least} or more, not {text}")
+    return int(text)
+
+
+def positive_number(name, text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise Fault(f"--{name}: expected a positive number, not {text}")
+    return value
+
+
+def device_of(text):
+    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", text)
+    if found is None:
+        raise Fault(f"--device: expected cpu, cuda or cuda:N, not {text}")
+    gpus = torch.cuda.device_count()
+    if text != "cpu" and int(found[1] or 0) >= gpus:
+        raise Fault(f"--device: {text}: torch sees {gpus} GPUs here")
+    return torch.device(text)
+
+
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", type=Path, help="any file: each byte is a token")
-    source.add_argument("--tokens", type=Path, help="little-endian uint16 tokens")
-    for name, default in (
-        ("steps", 100),
-        ("batch", 4),
-        ("sequence", 128),
-        ("vocabulary", 256),
-        ("layers", 2),
-        ("hidden", 128),
-        ("ffn", 352),
-        ("heads", 4),
-        ("kv-heads", 2),
-        ("seed", 1),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--text", type=Path, help="any file: each byte is a token")
+    parser.add_argument("--tokens", type=Path, help="little-endian uint16 tokens")
+    for name, (default, _) in NUMBERS.items():
+        parser.add_argument(f"--{name}", default=str(default))
+    parser.add_argument("--learning-rate", default="1e-3")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--checkpoint", type=Path, help="resumed from if there, saved at the end")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name, (_, least) in NUMBERS.items():
+        key = name.replace("-", "_")
+        setattr(args, key, whole_number(name, getattr(args, key), least))
+    args.learning_rate = positive_number("learning-rate", args.learning_rate)
+    args.device = device_of(args.device)
+    if (args.text is None) == (args.tokens is None):
+        raise Fault("expected one of --text FILE and --tokens FILE")
+    return args
 
 
 def read_tokens(args):
@@ -111,7 +152,7 @@ def save_checkpoint(path, step, model, optimizer, args):
 def load_checkpoint(path, model, optimizer, args):
     """The number of steps taken; model and optimizer as they were then."""
     try:
-        with safetensors.safe_open(path, "pt", device=args.device) as file:
+        with safetensors.safe_open(path, "pt", device=str(args.device)) as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
@@ -137,18 +178,18 @@ def load_checkpoint(path, model, optimizer, args):
     return step
 
 
+def build(args):
+    torch.manual_seed(args.seed)
+    sizes = args.vocabulary, args.hidden, args.ffn, args.layers, args.heads, args.kv_heads
+    try:
+        return GPT(*sizes, max_positions=args.sequence).to(args.device)
+    except ValueError as error:  # heads that do not divide
+        raise Fault(str(error)) from None
+
+
 def train(args):
     tokens = read_tokens(args)
-    torch.manual_seed(args.seed)
-    model = GPT(
-        args.vocabulary,
-        args.hidden,
-        args.ffn,
-        args.layers,
-        args.heads,
-        kv_heads=args.kv_heads,
-        max_positions=args.sequence,
-    ).to(args.device)
+    model = build(args)
     optimizer = AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.1)
     step = 0
     if args.checkpoint and args.checkpoint.exists():
