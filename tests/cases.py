@@ -1,5 +1,7 @@
 """Shapes, dtypes and devices: SMALL finds the edges, MODEL is real sizes (tests and benches)."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -47,3 +49,15 @@ def wide(*tensors):
         None if tensor is None else tensor.detach().cpu().double().requires_grad_()
         for tensor in tensors
     ]
+
+
+def built_program(name):
+    """The program of build/make, which `make` keeps up to date, or of the newest other build."""
+    root = Path(__file__).parents[1] / "build"
+    found = sorted(
+        [*root.glob(f"*/{name}"), *root.glob(name)], key=lambda path: path.stat().st_mtime
+    )
+    found += [path for path in [root / "make" / name] if path.exists()]
+    if not found:
+        pytest.skip("the C++ API is not built: tools/build.py --all")
+    return found[-1]

@@ -2,12 +2,15 @@
 
 import json
 import os
+import runpy
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import cases
 
 pytest.importorskip("safetensors")
 
@@ -18,10 +21,7 @@ PYTHON = [sys.executable, ROOT / "examples/python/train_gpt.py"]
 
 
 def cpp():
-    built = sorted(ROOT.glob("build/*/train_gpt")) + sorted(ROOT.glob("build/train_gpt"))
-    if not built:
-        pytest.skip("the C++ API is not built: tools/build.py --all")
-    return [built[0]]
+    return [cases.built_program("train_gpt")]
 
 
 def run(program, *arguments, check=True):
@@ -48,6 +48,25 @@ def expected(text):
     return losses(PYTHON, "--text", text)
 
 
+@pytest.fixture
+def says(text, monkeypatch):
+    """What each example leaves with. Python's in this process: its start alone takes seconds."""
+
+    def python(*arguments):
+        words = (PYTHON[1], *SMALL, "--text", text, *arguments)
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(PYTHON[1]), run_name="__main__")
+        return left.value.code
+
+    def cplusplus(*arguments):
+        ran = run(cpp(), "--text", text, *arguments, check=False)
+        assert ran.returncode == 1
+        return ran.stderr.rstrip("\n")
+
+    return {"python": python, "cpp": cplusplus}
+
+
 def test_losses_fall(expected):
     values = [float(line.split()[-1]) for line in expected]
     assert len(values) == 6
@@ -56,6 +75,14 @@ def test_losses_fall(expected):
 
 def test_cpp_and_python_agree_bit_for_bit(text, expected):
     assert losses(cpp(), "--text", text) == expected
+
+
+@pytest.mark.parametrize("device", cases.DEVICES[1:])
+@pytest.mark.parametrize("language", ["python", "cpp"])
+def test_a_gpu_gives_near_losses(language, text, expected, device):
+    program = PYTHON if language == "python" else cpp()
+    ours = [float(line.split()[-1]) for line in losses(program, "--text", text, "--device", device)]
+    assert ours == pytest.approx([float(line.split()[-1]) for line in expected], rel=1e-3)
 
 
 def test_token_files_agree_with_bytes(text, expected, tmp_path):
@@ -135,6 +162,30 @@ def test_missing_and_short_texts_are_one_line(language, tmp_path):
     short = run(program, "--text", tmp_path / "short.txt", check=False)
     assert "expected more than 16 tokens" in short.stderr
     assert len(short.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("language", ["python", "cpp"])
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("heads", "6", "Attention: heads: expected a divisor of hidden_size 32, not 6"),
+        ("kv-heads", "3", "Attention: kv_heads: expected a divisor of 4, not 3"),
+        ("heads", "32", "Attention: rotary_dim: expected an even number up to the head_dim 1"),
+        ("heads", "0", "--heads: expected a whole number of 1 or more, not 0"),
+        ("batch", "0", "--batch: expected a whole number of 1 or more, not 0"),
+        ("sequence", "0", "--sequence: expected a whole number of 1 or more, not 0"),
+        ("hidden", "1e2", "--hidden: expected a whole number of 1 or more, not 1e2"),
+        ("seed", "-1", "--seed: expected a whole number of 0 or more, not -1"),
+        ("learning-rate", "-1", "--learning-rate: expected a positive number, not -1"),
+        ("learning-rate", "inf", "--learning-rate: expected a positive number, not inf"),
+        ("device", "foo", "--device: expected cpu, cuda or cuda:N, not foo"),
+        ("device", "cuda:999", "--device: cuda:999: torch sees "),
+    ],
+)
+def test_a_bad_argument_is_one_line(language, option, value, message, says):
+    said = says[language](f"--{option}", value)
+    assert said.startswith(f"train_gpt: {message}")
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize("language", ["python", "cpp"])

@@ -3,12 +3,12 @@
 import copy
 import functools
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import cases
 from megatron_config import configuration
 from redline.dyno.parts import why_no_compiler
 from redline.extensions import transformer_engine as te
@@ -75,10 +75,32 @@ GPTS = {
 }
 
 
-def seeded(make):
+@pytest.fixture(params=cases.DEVICES)
+def device(request):
+    return request.param
+
+
+def seeded(make, device="cpu"):
     """A layer and its input, from the numbers that tests/cpp/layer_outputs.cpp draws too."""
     torch.manual_seed(1)
-    return make(), torch.randn(2, 7, HIDDEN, requires_grad=True)
+    layer, x = make(), torch.randn(2, 7, HIDDEN)
+    return layer.to(device), x.to(device).requires_grad_()
+
+
+def seeded_gpt(make, device="cpu"):
+    """A model and [2, 9] tokens."""
+    torch.manual_seed(1)
+    gpt, tokens = make(), torch.randint(31, (2, 9))
+    return gpt.to(device), tokens.to(device)
+
+
+def agree(ours, theirs):
+    """The same bits; near on CUDA, where torch's attention backward gives others on each run."""
+    for a, b in zip(ours, theirs, strict=True):
+        if a.is_cuda:
+            torch.testing.assert_close(a, b)
+        else:
+            assert torch.equal(a, b)
 
 
 layers = pytest.mark.parametrize("name", LAYERS)
@@ -86,19 +108,19 @@ gpts = pytest.mark.parametrize("name", GPTS)
 
 
 @layers
-def test_forward_and_backward(name):
-    layer, x = seeded(LAYERS[name])
+def test_forward_and_backward(name, device):
+    layer, x = seeded(LAYERS[name], device)
     y = layer(x)
     upstream = torch.randn_like(y)
     ours = torch.autograd.grad(y, [x, *layer.parameters()], upstream)
-    p = {k: v.detach().double().requires_grad_() for k, v in layer.named_parameters()}
-    wide = x.detach().double().requires_grad_()
+    p = {k: v.detach().cpu().double().requires_grad_() for k, v in layer.named_parameters()}
+    wide = x.detach().cpu().double().requires_grad_()
     expected = truth(layer, wide, p)
     # Stored between x and y: at most ten; each product adds a sum of HIDDEN to 2 FFN terms.
-    assert_close(y, expected, roundings=10, sums=16)
-    theirs = torch.autograd.grad(expected, [wide, *p.values()], upstream.double())
+    assert_close(y.cpu(), expected, roundings=10, sums=16)
+    theirs = torch.autograd.grad(expected, [wide, *p.values()], upstream.cpu().double())
     for what, grad, true in zip(["x", *p], ours, theirs, strict=True):
-        assert_close(grad, true, roundings=20, sums=32, what=f"{what}_grad")
+        assert_close(grad.cpu(), true, roundings=20, sums=32, what=f"{what}_grad")
 
 
 @layers
@@ -117,34 +139,34 @@ def test_torch_subclasses():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(6,), (3, 2)])
-def test_norm_means_what_torch_means(dtype, shape):
-    x = torch.randn(5, *shape, dtype=dtype) * 1e-3
-    ours, stock = RMSNorm(shape, dtype=dtype), torch.nn.RMSNorm(shape, dtype=dtype)
+def test_norm_means_what_torch_means(dtype, shape, device):
+    x = torch.randn(5, *shape, dtype=dtype, device=device) * 1e-3
+    options = {"dtype": dtype, "device": device}
+    ours, stock = RMSNorm(shape, **options), torch.nn.RMSNorm(shape, **options)
     assert_close(ours(x), stock(x).double(), roundings=2)
-    ours, stock = LayerNorm(shape, dtype=dtype), torch.nn.LayerNorm(shape, dtype=dtype)
+    ours, stock = LayerNorm(shape, **options), torch.nn.LayerNorm(shape, **options)
     assert_close(ours(x), stock(x).double(), roundings=2)
 
 
 @pytest.mark.parametrize("name", ["RMSNorm", "LayerNorm", "LayerNormLinear", "LayerNormMLP"])
-def test_residual_is_the_sum_first(name):
-    layer, x = seeded(LAYERS[name])
+def test_residual_is_the_sum_first(name, device):
+    layer, x = seeded(LAYERS[name], device)
     residual = torch.randn_like(x)
     y, total = layer(x, residual)
     assert torch.equal(total, x + residual)
     assert torch.equal(y, layer(x + residual))
 
 
-def test_residual_crosses_the_layer_boundary():
-    torch.manual_seed(1)
-    first, second = LAYERS["TransformerLayer"](), LAYERS["TransformerLayer"]()
-    x = torch.randn(2, 7, HIDDEN)
+def test_residual_crosses_the_layer_boundary(device):
+    first, x = seeded(LAYERS["TransformerLayer"], device)
+    second = LAYERS["TransformerLayer"]().to(device)
     y, residual = second.forward_residual(*first.forward_residual(x))
     assert torch.equal(y + residual, second(first(x)))
 
 
 @layers
-def test_deepcopy(name):
-    layer, x = seeded(LAYERS[name])
+def test_deepcopy(name, device):
+    layer, x = seeded(LAYERS[name], device)
     twin = copy.deepcopy(layer)
     assert torch.equal(twin(x), layer(x))
     with torch.no_grad():
@@ -162,15 +184,15 @@ def test_to_bfloat16_and_back(name):
 
 
 @layers
-def test_hooks_and_state_dict(name):
-    layer, x = seeded(LAYERS[name])
+def test_hooks_and_state_dict(name, device):
+    layer, x = seeded(LAYERS[name], device)
     seen = []
     layer.register_forward_pre_hook(lambda *_: seen.append("before"))
     layer.register_forward_hook(lambda *_: seen.append("after"))
     layer.register_full_backward_hook(lambda *_: seen.append("backward"))
     layer(x).sum().backward()
     assert seen == ["before", "after", "backward"]
-    other = LAYERS[name]()
+    other = LAYERS[name]().to(device)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), layer(x))
 
@@ -190,19 +212,17 @@ def test_meta(name, assign):
 
 
 @layers
-def test_compile(name):
-    layer, x = seeded(LAYERS[name])
+def test_compile(name, device):
+    layer, x = seeded(LAYERS[name], device)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), layer(x))
-    ours = torch.autograd.grad(compiled(x).sum(), x)[0]
-    assert torch.equal(ours, torch.autograd.grad(layer(x).sum(), x)[0])
+    agree([compiled(x)], [layer(x)])
+    agree(*(torch.autograd.grad(call(x).sum(), [x]) for call in (compiled, layer)))
 
 
 @gpts
-def test_gpt_compiles(name):
-    torch.manual_seed(1)
-    gpt, tokens = GPTS[name](), torch.randint(31, (2, 9))
+def test_gpt_compiles(name, device):
+    gpt, tokens = seeded_gpt(GPTS[name], device)
     torch._dynamo.reset()
     compiled = torch.compile(gpt, fullgraph=True, backend="aot_eager")
     grads = []
@@ -211,15 +231,13 @@ def test_gpt_compiles(name):
         loss = model(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         grads.append([loss.detach(), *(p.grad.clone() for p in gpt.parameters())])
-    for ours, compiled_grad in zip(*grads, strict=True):
-        assert torch.equal(ours, compiled_grad)
+    agree(*grads)
 
 
-def test_gpt_under_inductor():
-    torch.manual_seed(1)
-    gpt, tokens = GPTS["GPT"](), torch.randint(31, (2, 9))
+def test_gpt_under_inductor(device):
+    gpt, tokens = seeded_gpt(GPTS["GPT"], device)
     torch._dynamo.reset()
-    if reason := why_no_compiler(torch.device("cpu")):
+    if reason := why_no_compiler(torch.device(device)):
         pytest.skip(reason)
     loss = torch.compile(gpt, fullgraph=True)(tokens[:, :-1], tokens[:, 1:])
     loss.backward()
@@ -228,32 +246,28 @@ def test_gpt_under_inductor():
 
 
 @layers
-def test_checkpointing(name):
-    layer, x = seeded(LAYERS[name])
+def test_checkpointing(name, device):
+    layer, x = seeded(LAYERS[name], device)
     plain = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])
     again = checkpoint(layer, x, use_reentrant=False)
-    for a, b in zip(plain, torch.autograd.grad(again.sum(), [x, *layer.parameters()]), strict=True):
-        assert torch.equal(a, b)
+    agree(plain, torch.autograd.grad(again.sum(), [x, *layer.parameters()]))
 
 
-def test_dropout_is_the_same_when_checkpointed():
-    torch.manual_seed(1)
-    layer = TransformerLayer(HIDDEN, FFN, HEADS, dropout=0.5)
-    x = torch.randn(2, 7, HIDDEN, requires_grad=True)
+def test_dropout_is_the_same_when_checkpointed(device):
+    layer, x = seeded(lambda: TransformerLayer(HIDDEN, FFN, HEADS, dropout=0.5), device)
     grads = []
     for call in (layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
         torch.manual_seed(2)
         y = call(x)
-        grads.append(torch.autograd.grad(y.sum(), x)[0])
-    assert torch.equal(*grads)
+        grads.append(torch.autograd.grad(y.sum(), [x]))
+    agree(*grads)
     assert not torch.equal(layer(x), layer(x))
     assert torch.equal(layer.eval()(x), layer(x))
 
 
 @gpts
-def test_gpt_loss_is_the_cross_entropy_of_its_logits(name):
-    torch.manual_seed(1)
-    gpt, tokens = GPTS[name](), torch.randint(31, (2, 9))
+def test_gpt_loss_is_the_cross_entropy_of_its_logits(name, device):
+    gpt, tokens = seeded_gpt(GPTS[name], device)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     stock = torch.nn.functional.cross_entropy(gpt(inputs).flatten(0, 1), targets.flatten())
     torch.testing.assert_close(gpt(inputs, targets), stock)
@@ -263,24 +277,58 @@ def test_gpt_loss_is_the_cross_entropy_of_its_logits(name):
     assert {key.split(".")[0] for key in keys} <= {"embedding", "layers", "final_norm", "head"}
 
 
+@pytest.mark.parametrize("inplace", [True, False])
+def test_gpt_writes_its_gradient_over_the_logits(inplace, device):
+    make = functools.partial(GPT, 31, HIDDEN, FFN, 1, HEADS, inplace_backward=inplace)
+    gpt, tokens = seeded_gpt(make, device)
+    loss = gpt(tokens, tokens)
+    loss.backward(retain_graph=True)
+    if inplace:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    else:
+        loss.backward()
+
+
+def test_gpt_leaves_logits_that_a_hook_has_seen(device):
+    (gpt, tokens), kept = seeded_gpt(GPTS["GPT"], device), []
+    gpt.head.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    gpt(tokens, tokens).backward()
+    assert torch.equal(kept[0], gpt(tokens))
+
+
+@gpts
+def test_gpt_under_autocast(name, device):
+    """bfloat16 products, float32 weights and gradients, and a loss near that of float32."""
+    gpt, tokens = seeded_gpt(GPTS[name], device)
+    plain = gpt(tokens[:, :-1], tokens[:, 1:]).detach()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert gpt(tokens).dtype == torch.bfloat16
+        loss = gpt(tokens[:, :-1], tokens[:, 1:])
+    assert loss.dtype == torch.float32 and loss.item() != plain.item()
+    torch.testing.assert_close(loss.detach(), plain, rtol=1e-2, atol=0)
+    loss.backward()
+    for parameter in gpt.parameters():
+        assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all()
+
+
 def test_gpt_loss_with_frozen_parameters():
     gpt, tokens = GPTS["GPT"]().requires_grad_(False), torch.randint(31, (2, 9))
     assert not gpt(tokens, tokens).requires_grad
 
 
-def test_packed_sequences_match_separate_ones():
-    layer, x = seeded(LAYERS["Attention"])
+def test_packed_sequences_match_separate_ones(device):
+    layer, x = seeded(LAYERS["Attention"], device)
     separate = torch.cat([layer(x[:1, :3])[0], layer(x[1:])[0]])
     packed = torch.cat([x[0, :3], x[1]])
-    cu_seqlens = torch.tensor([0, 3, 10], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, 3, 10], dtype=torch.int32, device=device)
     ours = layer(packed, cu_seqlens=cu_seqlens, max_seqlen=7)
     torch.testing.assert_close(ours, separate)
 
 
-def test_window_sees_its_keys_alone():
-    torch.manual_seed(1)
-    layer = Attention(HIDDEN, HEADS, window=(2, 0))
-    x = torch.randn(1, 7, HIDDEN)
+def test_window_sees_its_keys_alone(device):
+    layer, x = seeded(lambda: Attention(HIDDEN, HEADS, window=(2, 0)), device)
+    x = x.detach()[:1]
     far = x.clone()
     far[:, 0] += 1.0
     change = (layer(x) - layer(far)).abs().amax(-1)[0]
@@ -292,6 +340,12 @@ def test_window_sees_its_keys_alone():
     ("make", "message"),
     [
         (lambda: Attention(16, 4, 3), "kv_heads: expected a divisor of 4, not 3"),
+        (lambda: Attention(16, 0), "heads: expected 1 or more, not 0"),
+        (lambda: Attention(16, 4, -2), "kv_heads: expected a divisor of 4, not -2"),
+        (lambda: Attention(16, 4, rotary_dim=3), "rotary_dim: expected an even .* 4, not 3"),
+        (lambda: Attention(16, 4, rotary_dim=6), "rotary_dim: expected an even .* 4, not 6"),
+        (lambda: Attention(16, 4, rotary_dim=-2), "rotary_dim: expected an even .* 4, not -2"),
+        (lambda: Attention(12, 4), "rotary_dim: expected an even number up to .* 3, not 3"),
         (lambda: Attention(18, 4), "heads: expected a divisor of hidden_size 18, not 4"),
         (lambda: LayerNormMLP(4, 4, activation="swish"), "activation: expected .* not swish"),
         (lambda: LayerNormLinear(4, 4, normalization="L2"), "normalization: expected .* not L2"),
@@ -324,12 +378,9 @@ def recorded(name, make):
 @pytest.fixture(scope="module")
 def cpp_outputs(tmp_path_factory):
     safetensors = pytest.importorskip("safetensors.torch")
-    root = Path(__file__).parents[1]
-    programs = sorted(root.glob("build/*/layer_outputs")) + sorted(root.glob("build/layer_outputs"))
-    if not programs:
-        pytest.skip("the C++ API is not built: tools/build.py --all")
+    program = cases.built_program("layer_outputs")
     path = tmp_path_factory.mktemp("cpp") / "outputs.safetensors"
-    subprocess.run([programs[0], path], check=True)
+    subprocess.run([program, path], check=True)
     return safetensors.load_file(path)
 
 

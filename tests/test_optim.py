@@ -386,3 +386,11 @@ def test_bad_arguments():
     stock.step()
     with pytest.raises(ValueError, match="amsgrad: expected False"):
         optimizer.load_state_dict(stock.state_dict())
+    adam = torch.optim.Adam(net.parameters(), weight_decay=0.1)
+    adam.step()
+    before = optimizer.param_groups[0]["weight_decay"]
+    with pytest.raises(
+        ValueError, match=r"state: expected one of an AdamW, not of torch\.optim\.A"
+    ):
+        optimizer.load_state_dict(adam.state_dict())
+    assert optimizer.param_groups[0]["weight_decay"] == before

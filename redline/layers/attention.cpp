@@ -7,14 +7,19 @@ namespace redline::layers {
 
 AttentionImpl::AttentionImpl(const AttentionOptions& given) : options(given) {
   const int64_t heads = options.heads;
+  TORCH_CHECK(heads > 0, "Attention: heads: expected 1 or more, not ", heads);
   if (!options.kv_heads) options.kv_heads = heads;
-  TORCH_CHECK(heads > 0 && heads % options.kv_heads == 0,
+  TORCH_CHECK(options.kv_heads > 0 && heads % options.kv_heads == 0,
               "Attention: kv_heads: expected a divisor of ", heads, ", not ", options.kv_heads);
   TORCH_CHECK(options.head_dim || options.hidden_size % heads == 0,
               "Attention: heads: expected a divisor of hidden_size ", options.hidden_size, ", not ",
               heads);
   if (!options.head_dim) options.head_dim = options.hidden_size / heads;
-  options.rotary.dim = options.rotary.dim.value_or(options.head_dim);
+  const int64_t rotary_dim = options.rotary.dim.value_or(options.head_dim);
+  TORCH_CHECK(rotary_dim % 2 == 0 && rotary_dim >= 0 && rotary_dim <= options.head_dim,
+              "Attention: rotary_dim: expected an even number up to the head_dim ",
+              options.head_dim, ", not ", rotary_dim);
+  options.rotary.dim = rotary_dim;
   reset();
 }
 

@@ -1,5 +1,7 @@
 #include "redline/layers/mlp.h"
 
+#include <algorithm>
+
 #include "redline/layers/linear.h"
 #include "redline/ops/activation.h"
 #include "redline/ops/gated_activation.h"
@@ -7,11 +9,23 @@
 namespace redline::layers {
 namespace {
 
-bool gated(const std::string& activation) { return activation.ends_with("glu"); }
+constexpr std::array gated_kinds = {"swiglu", "geglu", "reglu", "quick_geglu", "clamped_swiglu"};
+constexpr std::array plain_kinds = {"gelu", "gelu_erf", "quick_gelu",
+                                    "silu", "relu",     "squared_relu"};
+
+template <size_t count>
+bool holds(const std::array<const char*, count>& kinds, const std::string& kind) {
+  return std::find(kinds.begin(), kinds.end(), kind) != kinds.end();
+}
+
+bool gated(const std::string& activation) { return holds(gated_kinds, activation); }
 
 }  // namespace
 
 LayerNormMLPImpl::LayerNormMLPImpl(const LayerNormMLPOptions& options) : options(options) {
+  const std::string& kind = options.activation;
+  TORCH_CHECK(gated(kind) || holds(plain_kinds, kind), "LayerNormMLP: activation: expected ",
+              c10::Join(" ", gated_kinds), " ", c10::Join(" ", plain_kinds), ", not ", kind);
   reset();
 }
 

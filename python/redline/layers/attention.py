@@ -41,13 +41,9 @@ class Attention(torch.nn.Module):
     ):
         super().__init__()
         self.heads, self.kv_heads = heads, kv_heads or heads
-        if heads % self.kv_heads:
-            raise ValueError(f"Attention: kv_heads: expected a divisor of {heads}, not {kv_heads}")
-        if not head_dim and hidden_size % heads:
-            raise ValueError(
-                f"Attention: heads: expected a divisor of hidden_size {hidden_size}, not {heads}"
-            )
-        self.head_dim = head_dim or hidden_size // heads
+        self.head_dim = head_dim or hidden_size // max(heads, 1)
+        rotary_dim = self.head_dim if rotary_dim is None else rotary_dim
+        self._check(hidden_size, head_dim, rotary_dim)
         self.causal, self.window = causal, window
         factory = {"device": device, "dtype": dtype}
         norm = {"eps": eps, "zero_centered": zero_centered}
@@ -62,11 +58,26 @@ class Attention(torch.nn.Module):
         head_norm = RMSNorm if normalization == "RMSNorm" else LayerNorm
         self.q_norm = head_norm(self.head_dim, **norm, **factory) if qk_norm else None
         self.k_norm = head_norm(self.head_dim, **norm, **factory) if qk_norm else None
-        rotary_dim = self.head_dim if rotary_dim is None else rotary_dim
         self.rotary = (
             RotaryTables(max_positions, rotary_dim, rotary_base, device) if rotary_dim else None
         )
         self.proj = Linear(heads * self.head_dim, hidden_size, bias, **factory)
+
+    def _check(self, hidden_size, head_dim, rotary_dim):
+        heads, kv_heads = self.heads, self.kv_heads
+        if heads < 1:
+            raise ValueError(f"Attention: heads: expected 1 or more, not {heads}")
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"Attention: kv_heads: expected a divisor of {heads}, not {kv_heads}")
+        if not head_dim and hidden_size % heads:
+            raise ValueError(
+                f"Attention: heads: expected a divisor of hidden_size {hidden_size}, not {heads}"
+            )
+        if rotary_dim % 2 or not 0 <= rotary_dim <= self.head_dim:
+            raise ValueError(
+                f"Attention: rotary_dim: expected an even number up to the head_dim "
+                f"{self.head_dim}, not {rotary_dim}"
+            )
 
     def split(self, qkv):
         """Views q, k, v [..., heads, head_dim] of qkv [..., (heads + 2 kv_heads) head_dim]."""

@@ -1,0 +1,131 @@
+// The manners of the C++ layers and of AdamW; what they compute is compared in test_layers.py.
+#include <gtest/gtest.h>
+
+#include "redline/layers/gpt.h"
+#include "redline/ops/adamw_optimizer.h"
+
+namespace redline::layers {
+namespace {
+
+GPTOptions small_gpt() {
+  return {.vocabulary = 31,
+          .layers = 1,
+          .layer = {.attention = {.hidden_size = 16, .heads = 4, .kv_heads = 2, .qk_norm = true},
+                    .mlp = {.ffn_hidden_size = 24}}};
+}
+
+Tensor some_tokens() { return torch::arange(18).view({2, 9}) % 31; }
+
+std::string refusal(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const c10::Error& error) {
+    return error.what_without_backtrace();
+  }
+  return "nothing was refused";
+}
+
+TEST(Layers, ACloneHasTheValuesAndMemoryOfItsOwn) {
+  GPT gpt(small_gpt());
+  const auto twin = std::dynamic_pointer_cast<GPTImpl>(gpt->clone());
+  EXPECT_TRUE(torch::equal(twin->forward(some_tokens()), gpt(some_tokens())));
+  const auto ours = gpt->named_parameters(), theirs = twin->named_parameters();
+  ASSERT_EQ(ours.keys(), theirs.keys());
+  const torch::NoGradGuard no_grad;
+  for (const auto& named : theirs) named.value().add_(1);
+  for (const auto& named : ours)
+    EXPECT_FALSE(torch::equal(named.value(), theirs[named.key()])) << named.key();
+}
+
+TEST(Layers, ToMovesEveryParameterAndLeavesTheTablesFloat32) {
+  GPT gpt(small_gpt());
+  const Tensor wide = gpt(some_tokens());
+  gpt->to(torch::kBFloat16);
+  for (const auto& parameter : gpt->parameters())
+    EXPECT_EQ(parameter.scalar_type(), torch::kBFloat16);
+  const Tensor narrow = gpt(some_tokens());
+  EXPECT_EQ(narrow.scalar_type(), torch::kBFloat16);
+  EXPECT_TRUE(torch::allclose(narrow.to(torch::kFloat), wide, 0.1, 0.05));
+}
+
+TEST(Layers, BadOptionsAreRefusedAtConstruction) {
+  const auto attention = [](AttentionOptions options) {
+    return refusal([=] { Attention built(options); });
+  };
+  EXPECT_EQ(attention({.hidden_size = 16}), "Attention: heads: expected 1 or more, not 0");
+  EXPECT_EQ(attention({.hidden_size = 16, .heads = 4, .kv_heads = 3}),
+            "Attention: kv_heads: expected a divisor of 4, not 3");
+  for (const int64_t dim : {3, 6, -2}) {
+    EXPECT_EQ(attention({.hidden_size = 16, .heads = 4, .rotary = {.dim = dim}}),
+              "Attention: rotary_dim: expected an even number up to the head_dim 4, not " +
+                  std::to_string(dim));
+  }
+  EXPECT_EQ(refusal([] {
+              LayerNormMLP built({.hidden_size = 4, .ffn_hidden_size = 4, .activation = "swish"});
+            }),
+            "LayerNormMLP: activation: expected swiglu geglu reglu quick_geglu clamped_swiglu gelu "
+            "gelu_erf quick_gelu silu relu squared_relu, not swish");
+}
+
+TEST(Layers, BackwardWritesOverTheLogitsUnlessAskedNotTo) {
+  for (const bool inplace : {true, false}) {
+    GPTOptions options = small_gpt();
+    options.inplace_backward = inplace;
+    GPT gpt(options);
+    const Tensor loss = gpt->loss(some_tokens(), some_tokens());
+    loss.backward({}, /*retain_graph=*/true);
+    const std::string second = refusal([&] { loss.backward(); });
+    EXPECT_EQ(second.find("modified by an inplace operation") != std::string::npos, inplace);
+  }
+}
+
+struct Trained {
+  Tensor parameter = torch::full({5}, 2.0, torch::requires_grad());
+  AdamW optimizer{{parameter}, {.learning_rate = 0.1}};
+
+  explicit Trained(double gradient) { parameter.mutable_grad() = torch::full({5}, gradient); }
+};
+
+TEST(AdamW, ScaledGradientsTakeTheStepOfThePlainOnes) {
+  Trained plain(0.5), scaled(0.5 * 1024);
+  plain.optimizer.step();
+  scaled.optimizer.step({.grad_scale = torch::tensor(1024.0F)});
+  EXPECT_TRUE(torch::equal(plain.parameter, scaled.parameter));
+}
+
+TEST(AdamW, FoundInfLeavesEverythingAsItWas) {
+  Trained trained(0.5);
+  trained.optimizer.step({.found_inf = torch::tensor(1.0F)});
+  EXPECT_TRUE(torch::equal(trained.parameter, torch::full({5}, 2.0)));
+  EXPECT_EQ(trained.optimizer.state_of(trained.parameter)["step"].item<float>(), 0);
+  trained.optimizer.step({.found_inf = torch::tensor(0.0F)});
+  EXPECT_EQ(trained.optimizer.state_of(trained.parameter)["step"].item<float>(), 1);
+}
+
+TEST(AdamW, ALoadedStateGoesOnAsIfNeverStopped) {
+  Trained first(0.5);
+  first.optimizer.step();
+  Trained second(0.5);
+  {
+    const torch::NoGradGuard no_grad;
+    second.parameter.copy_(first.parameter);
+  }
+  second.optimizer.load_state_of(second.parameter, first.optimizer.state_of(first.parameter));
+  first.optimizer.step();
+  second.optimizer.step();
+  EXPECT_TRUE(torch::equal(first.parameter, second.parameter));
+}
+
+TEST(AdamW, AStateOfAnotherParameterIsRefused) {
+  Trained trained(0.5);
+  auto state = trained.optimizer.state_of(trained.parameter);
+  const auto load = [&] { trained.optimizer.load_state_of(trained.parameter, state); };
+  state["exp_avg"] = torch::zeros({4});
+  EXPECT_EQ(refusal(load), "AdamW: state: exp_avg: expected [5], not [4]");
+  state.erase("exp_avg_sq");
+  state["exp_avg"] = torch::zeros({5});
+  EXPECT_EQ(refusal(load), "AdamW: state: expected exp_avg_sq beside the others");
+}
+
+}  // namespace
+}  // namespace redline::layers
