@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -305,66 +304,10 @@ def test_fault_leaves_the_old_report(result, tmp_path, write, raised, message):
 # The command.
 
 
-def redline(*arguments, **options):
-    return run_python("-m", "redline", *arguments, **options)
-
-
-def run_python(*arguments, **options):
-    source = Path(lap.__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(source)}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        capture_output=True, text=True, env=environment, timeout=120, **options,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("dyno", "--dtype", "int3"), "--dtype: expected auto fp32"),
-        (("dyno", "--dtype", "fp16"), "--dtype: expected auto fp32"),
-        (("dyno", "--device", "tpu"), "--device: expected auto cpu cuda, not tpu"),
-        (("dyno", "--steps", "0"), "--steps: expected at least 1, not 0"),
-        (("dyno", "--steps", "many"), "--steps"),
-        (("dyno", "--text", "/no/such"), "no such file"),
-        (("dyno", "--text", ""), "expected a path, not nothing"),
-        (("dyno", "--bogus"), "No such option"),
-        (("bogus",), "No such command"),
-    ],
-)
-def test_bad_option_is_one_line(arguments, message, tmp_path):
-    done = redline(*arguments, cwd=tmp_path)
-    assert done.returncode not in (0, None) and message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_missing_package_names_the_extra(tmp_path):
-    program = "import sys; sys.modules['jinja2'] = None; from redline.cli import main; main()"
-    done = run_python("-c", program, "dyno", cwd=tmp_path)
-    expected = "redline dyno: jinja2 is not installed: pip install 'redline-layers[dyno]'\n"
-    assert (done.returncode, done.stderr) == (1, expected)
-
-
 def test_warning_of_the_old_address_is_as_printed():
     found = addresses.compare(CPU, torch.float32)
     assert found.same_bits and found.reason is None
     assert re.match(r".*/addresses\.py:\d+: DeprecationWarning: .* moved", found.warning)
-
-
-def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):
-    from redline import cli
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(job, "_measure", interrupt)
-    monkeypatch.setattr(sys, "argv", ["redline", "dyno", "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code == 130
-    assert capsys.readouterr().err == "redline dyno: stopped by Ctrl-C; nothing was written\n"
-    assert not list(tmp_path.iterdir())
 
 
 def test_curves_apart_exit_non_zero(monkeypatch, result, tmp_path):
