@@ -44,12 +44,7 @@ TENormImpl::TENormImpl(const TransformerConfig& config, int64_t hidden_size, dou
   reset();
 }
 
-void TENormImpl::reset() {
-  gain.weight = register_parameter("weight", torch::empty({hidden_size}));
-  if (options.kind == layers::Normalization::layer_norm)
-    gain.bias = register_parameter("bias", torch::empty({hidden_size}));
-  layers::reset_gain(gain, options.zero_centered);
-}
+void TENormImpl::reset() { gain = layers::register_gain(*this, hidden_size, options, ""); }
 
 Tensor TENormImpl::forward(const Tensor& x) {
   return layers::normalize(x.to(gain.weight.scalar_type()), gain, options);

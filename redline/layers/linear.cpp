@@ -11,15 +11,6 @@ void reset_linear(const Tensor& weight, const Tensor& bias) {
   torch::nn::init::uniform_(bias, -bound, bound);
 }
 
-Gain register_gain(torch::nn::Module& module, int64_t dim, const NormOptions& options) {
-  Gain gain;
-  gain.weight = module.register_parameter("layer_norm_weight", torch::empty({dim}));
-  if (options.kind == Normalization::layer_norm)
-    gain.bias = module.register_parameter("layer_norm_bias", torch::empty({dim}));
-  reset_gain(gain, options.zero_centered);
-  return gain;
-}
-
 LinearImpl::LinearImpl(const LinearOptions& options) : options(options) { reset(); }
 
 void LinearImpl::reset() {

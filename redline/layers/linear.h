@@ -56,7 +56,4 @@ using LayerNormLinear = Holder<LayerNormLinearImpl, LayerNormLinearOptions>;
 // Fills weight [out, in] and bias [out] as torch::nn::Linear does, from the same random numbers.
 void reset_linear(const Tensor& weight, const Tensor& bias);
 
-// The gain of an input norm, as layer_norm_weight and layer_norm_bias of `module`.
-Gain register_gain(torch::nn::Module& module, int64_t dim, const NormOptions& options);
-
 }  // namespace redline::layers

@@ -9,6 +9,16 @@ void reset_gain(const Gain& gain, bool zero_centered) {
   if (gain.bias.defined()) torch::nn::init::zeros_(gain.bias);
 }
 
+Gain register_gain(torch::nn::Module& module, int64_t dim, const NormOptions& options,
+                   const std::string& prefix) {
+  Gain gain;
+  gain.weight = module.register_parameter(prefix + "weight", torch::empty({dim}));
+  if (options.kind == Normalization::layer_norm)
+    gain.bias = module.register_parameter(prefix + "bias", torch::empty({dim}));
+  reset_gain(gain, options.zero_centered);
+  return gain;
+}
+
 Tensor normalize(const Tensor& x, const Gain& gain, const NormOptions& options) {
   if (options.kind == Normalization::rms_norm)
     return ops::rms_norm(x, given(gain.weight), options.epsilon, options.zero_centered);
@@ -63,12 +73,7 @@ NormImpl::NormImpl(int64_t dim, const NormOptions& options) : dim(dim), options(
   reset();
 }
 
-void NormImpl::reset() {
-  gain.weight = register_parameter("weight", torch::empty({dim}));
-  if (options.kind == Normalization::layer_norm)
-    gain.bias = register_parameter("bias", torch::empty({dim}));
-  reset_gain(gain, options.zero_centered);
-}
+void NormImpl::reset() { gain = register_gain(*this, dim, options, ""); }
 
 Tensor NormImpl::forward(const Tensor& x) { return normalize(x, gain, options); }
 

@@ -84,4 +84,8 @@ TORCH_MODULE(Norm);
 // Ones and zeros, or zeros for a zero-centred weight.
 void reset_gain(const Gain& gain, bool zero_centered);
 
+// The gain of a norm, filled, as the parameters <prefix>weight and <prefix>bias of `module`.
+Gain register_gain(torch::nn::Module& module, int64_t dim, const NormOptions& options,
+                   const std::string& prefix = "layer_norm_");
+
 }  // namespace redline::layers

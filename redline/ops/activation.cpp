@@ -120,16 +120,12 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
       "-> (Tensor x_grad, Tensor bias_grad)");
 }
 
-TORCH_LIBRARY_IMPL(redline, CPU, m) { implement_inner(m); }
-TORCH_LIBRARY_IMPL(redline, CUDA, m) { implement_inner(m); }
-TORCH_LIBRARY_IMPL(redline, Meta, m) { implement_inner(m); }
-TORCH_LIBRARY_IMPL(redline, CompositeExplicitAutograd, m) { m.impl("activation", call_forward); }
-TORCH_LIBRARY_IMPL(redline, Autograd, m) {
-  m.impl("activation", differentiable);
-  refuse_autograd(m, {"activation_forward", "activation_backward"});
-}
-TORCH_LIBRARY_IMPL(redline, AutocastCPU, m) { ignore_autocast(m, {"activation"}); }
-TORCH_LIBRARY_IMPL(redline, AutocastCUDA, m) { ignore_autocast(m, {"activation"}); }
-TORCH_LIBRARY_IMPL(redline, FuncTorchBatched, m) { refuse_vmap(m, {"activation"}); }
+const Registration registration({
+    .public_ops = {"activation"},
+    .inner_ops = {"activation_forward", "activation_backward"},
+    .inner = implement_inner,
+    .without_derivative = [](torch::Library& m) { m.impl("activation", call_forward); },
+    .differentiable = [](torch::Library& m) { m.impl("activation", differentiable); },
+});
 
 }  // namespace redline::ops

@@ -172,18 +172,12 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
       "-> (Tensor x_grad, Tensor bias_grad)");
 }
 
-TORCH_LIBRARY_IMPL(redline, CPU, m) { implement_inner(m); }
-TORCH_LIBRARY_IMPL(redline, CUDA, m) { implement_inner(m); }
-TORCH_LIBRARY_IMPL(redline, Meta, m) { implement_inner(m); }
-TORCH_LIBRARY_IMPL(redline, CompositeExplicitAutograd, m) {
-  m.impl("bias_dropout_add", without_derivative);
-}
-TORCH_LIBRARY_IMPL(redline, Autograd, m) {
-  m.impl("bias_dropout_add", differentiable);
-  refuse_autograd(m, {"bias_dropout_add_forward", "bias_dropout_add_backward"});
-}
-TORCH_LIBRARY_IMPL(redline, AutocastCPU, m) { ignore_autocast(m, {"bias_dropout_add"}); }
-TORCH_LIBRARY_IMPL(redline, AutocastCUDA, m) { ignore_autocast(m, {"bias_dropout_add"}); }
-TORCH_LIBRARY_IMPL(redline, FuncTorchBatched, m) { refuse_vmap(m, {"bias_dropout_add"}); }
+const Registration registration({
+    .public_ops = {"bias_dropout_add"},
+    .inner_ops = {"bias_dropout_add_forward", "bias_dropout_add_backward"},
+    .inner = implement_inner,
+    .without_derivative = [](torch::Library& m) { m.impl("bias_dropout_add", without_derivative); },
+    .differentiable = [](torch::Library& m) { m.impl("bias_dropout_add", differentiable); },
+});
 
 }  // namespace redline::ops

@@ -371,26 +371,15 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
       "float? logit_softcap) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(redline, CPU, m) { implement_inner(m); }
-TORCH_LIBRARY_IMPL(redline, CUDA, m) { implement_inner(m); }
-TORCH_LIBRARY_IMPL(redline, Meta, m) { implement_inner(m); }
-TORCH_LIBRARY_IMPL(redline, CompositeExplicitAutograd, m) {
-  Public<without_derivative>::implement(m);
-}
-TORCH_LIBRARY_IMPL(redline, Autograd, m) {
-  Public<differentiable>::implement(m);
-  refuse_autograd(m, {"cross_entropy_statistics", "cross_entropy_loss", "cross_entropy_gradient",
-                      "cross_entropy_gradient_inplace"});
-}
-// 16-bit logits are read as they are: the float32 copy that stock cross entropy makes is the cost.
-TORCH_LIBRARY_IMPL(redline, AutocastCPU, m) {
-  ignore_autocast(m, {"cross_entropy", "cross_entropy_with_log_sum_exp"});
-}
-TORCH_LIBRARY_IMPL(redline, AutocastCUDA, m) {
-  ignore_autocast(m, {"cross_entropy", "cross_entropy_with_log_sum_exp"});
-}
-TORCH_LIBRARY_IMPL(redline, FuncTorchBatched, m) {
-  refuse_vmap(m, {"cross_entropy", "cross_entropy_with_log_sum_exp"});
-}
+// Autocast: 16-bit logits are read as they are. The float32 copy that stock cross entropy makes is
+// the cost.
+const Registration registration({
+    .public_ops = {"cross_entropy", "cross_entropy_with_log_sum_exp"},
+    .inner_ops = {"cross_entropy_statistics", "cross_entropy_loss", "cross_entropy_gradient",
+                  "cross_entropy_gradient_inplace"},
+    .inner = implement_inner,
+    .without_derivative = Public<without_derivative>::implement,
+    .differentiable = Public<differentiable>::implement,
+});
 
 }  // namespace redline::ops

@@ -228,18 +228,12 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
       "int? padding_idx=None) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(redline, CPU, m) { implement_inner(m); }
-TORCH_LIBRARY_IMPL(redline, CUDA, m) { implement_inner(m); }
-TORCH_LIBRARY_IMPL(redline, Meta, m) { implement_inner(m); }
-TORCH_LIBRARY_IMPL(redline, CompositeExplicitAutograd, m) {
-  m.impl("embedding", without_derivative);
-}
-TORCH_LIBRARY_IMPL(redline, Autograd, m) {
-  m.impl("embedding", differentiable);
-  refuse_autograd(m, {"embedding_forward", "embedding_backward", "embedding_backward_into"});
-}
-TORCH_LIBRARY_IMPL(redline, AutocastCPU, m) { ignore_autocast(m, {"embedding"}); }
-TORCH_LIBRARY_IMPL(redline, AutocastCUDA, m) { ignore_autocast(m, {"embedding"}); }
-TORCH_LIBRARY_IMPL(redline, FuncTorchBatched, m) { refuse_vmap(m, {"embedding"}); }
+const Registration registration({
+    .public_ops = {"embedding"},
+    .inner_ops = {"embedding_forward", "embedding_backward", "embedding_backward_into"},
+    .inner = implement_inner,
+    .without_derivative = [](torch::Library& m) { m.impl("embedding", without_derivative); },
+    .differentiable = [](torch::Library& m) { m.impl("embedding", differentiable); },
+});
 
 }  // namespace redline::ops

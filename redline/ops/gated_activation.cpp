@@ -293,22 +293,12 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
       "-> (Tensor x_grad, Tensor linear_grad, Tensor bias_grad, Tensor row_scale_grad)");
 }
 
-TORCH_LIBRARY_IMPL(redline, CPU, m) { implement_inner(m); }
-TORCH_LIBRARY_IMPL(redline, CUDA, m) { implement_inner(m); }
-TORCH_LIBRARY_IMPL(redline, Meta, m) { implement_inner(m); }
-TORCH_LIBRARY_IMPL(redline, CompositeExplicitAutograd, m) { Public<call_forward>::implement(m); }
-TORCH_LIBRARY_IMPL(redline, Autograd, m) {
-  Public<differentiable>::implement(m);
-  refuse_autograd(m, {"gated_activation_forward", "gated_activation_backward"});
-}
-TORCH_LIBRARY_IMPL(redline, AutocastCPU, m) {
-  ignore_autocast(m, {"gated_activation", "gated_activation_pair"});
-}
-TORCH_LIBRARY_IMPL(redline, AutocastCUDA, m) {
-  ignore_autocast(m, {"gated_activation", "gated_activation_pair"});
-}
-TORCH_LIBRARY_IMPL(redline, FuncTorchBatched, m) {
-  refuse_vmap(m, {"gated_activation", "gated_activation_pair"});
-}
+const Registration registration({
+    .public_ops = {"gated_activation", "gated_activation_pair"},
+    .inner_ops = {"gated_activation_forward", "gated_activation_backward"},
+    .inner = implement_inner,
+    .without_derivative = Public<call_forward>::implement,
+    .differentiable = Public<differentiable>::implement,
+});
 
 }  // namespace redline::ops

@@ -363,6 +363,12 @@ variable_list in_float32(const Tensor& x, const Inputs& in) {
       layer_norm(wide, cast(in.weight), cast(in.bias), in.epsilon, in.zero_centered, in.row_count)};
 }
 
+void implement_autocast_cuda(torch::Library& m) {
+  ignore_autocast(m, {"rms_norm", "residual_rms_norm"});
+  m.impl("layer_norm", Public<in_float32>::layer);
+  m.impl("residual_layer_norm", Public<in_float32>::residual_layer);
+}
+
 void implement_inner(torch::Library& m) {
   m.impl("rms_norm_forward", rms_norm_forward);
   m.impl("rms_norm_backward", rms_norm_backward);
@@ -404,27 +410,14 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
       "-> (Tensor x_grad, Tensor weight_grad, Tensor bias_grad)");
 }
 
-TORCH_LIBRARY_IMPL(redline, CPU, m) { implement_inner(m); }
-TORCH_LIBRARY_IMPL(redline, CUDA, m) { implement_inner(m); }
-TORCH_LIBRARY_IMPL(redline, Meta, m) { implement_inner(m); }
-TORCH_LIBRARY_IMPL(redline, CompositeExplicitAutograd, m) {
-  Public<without_derivative>::implement(m);
-}
-TORCH_LIBRARY_IMPL(redline, Autograd, m) {
-  Public<differentiable>::implement(m);
-  refuse_autograd(
-      m, {"rms_norm_forward", "rms_norm_backward", "layer_norm_forward", "layer_norm_backward"});
-}
-TORCH_LIBRARY_IMPL(redline, AutocastCPU, m) {
-  ignore_autocast(m, {"rms_norm", "layer_norm", "residual_rms_norm", "residual_layer_norm"});
-}
-TORCH_LIBRARY_IMPL(redline, AutocastCUDA, m) {
-  ignore_autocast(m, {"rms_norm", "residual_rms_norm"});
-  m.impl("layer_norm", Public<in_float32>::layer);
-  m.impl("residual_layer_norm", Public<in_float32>::residual_layer);
-}
-TORCH_LIBRARY_IMPL(redline, FuncTorchBatched, m) {
-  refuse_vmap(m, {"rms_norm", "layer_norm", "residual_rms_norm", "residual_layer_norm"});
-}
+const Registration registration({
+    .public_ops = {"rms_norm", "layer_norm", "residual_rms_norm", "residual_layer_norm"},
+    .inner_ops = {"rms_norm_forward", "rms_norm_backward", "layer_norm_forward",
+                  "layer_norm_backward"},
+    .inner = implement_inner,
+    .without_derivative = Public<without_derivative>::implement,
+    .differentiable = Public<differentiable>::implement,
+    .autocast_cuda = implement_autocast_cuda,
+});
 
 }  // namespace redline::ops

@@ -11,10 +11,4 @@ namespace redline::ops {
 // build without CUDA.
 PhiloxState draw_philox(const at::Tensor& like);
 
-// The state that forward wrote into `rng_state`, [2] int64, for a kernel on its device.
-inline PhiloxState philox_from(const at::Tensor& rng_state) {
-  const int64_t* state = rng_state.const_data_ptr<int64_t>();
-  return {.seed = 0, .offset = 0, .seed_pointer = state, .offset_pointer = state + 1};
-}
-
 }  // namespace redline::ops

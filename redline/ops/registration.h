@@ -1,7 +1,8 @@
 // What every op family registers the same way.
 #pragma once
 
-#include <initializer_list>
+#include <list>
+#include <vector>
 
 #include "redline/ops/torch.h"
 
@@ -19,21 +20,62 @@ inline void refuse_vmap_kernel(const c10::OperatorHandle& op, torch::jit::Stack*
 }
 
 // For TORCH_LIBRARY_IMPL(redline, FuncTorchBatched, m): torch would loop over the batch in silence.
-inline void refuse_vmap(torch::Library& m, std::initializer_list<const char*> ops) {
+inline void refuse_vmap(torch::Library& m, const std::vector<const char*>& ops) {
   for (const char* op : ops) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_vmap_kernel>());
   }
 }
 
 // For TORCH_LIBRARY_IMPL(redline, Autograd, m): a gradient asked of an inner op is an error.
-inline void refuse_autograd(torch::Library& m, std::initializer_list<const char*> ops) {
+inline void refuse_autograd(torch::Library& m, const std::vector<const char*>& ops) {
   for (const char* op : ops) m.impl(op, torch::autograd::autogradNotImplementedFallback());
 }
 
 // For TORCH_LIBRARY_IMPL(redline, AutocastCPU or AutocastCUDA, m): dtypes follow the tensors, as in
 // the stock op.
-inline void ignore_autocast(torch::Library& m, std::initializer_list<const char*> ops) {
+inline void ignore_autocast(torch::Library& m, const std::vector<const char*>& ops) {
   for (const char* op : ops) m.impl(op, torch::CppFunction::makeFallthrough());
 }
+
+// An op family for every dispatch key. A public op calls inner ones through the dispatcher, has the
+// derivative, and refuses vmap; an inner op has a kernel and refuses a gradient.
+struct Family {
+  using Implement = void (*)(torch::Library&);
+
+  std::vector<const char*> public_ops, inner_ops;
+  Implement inner;                    // for CPU, CUDA and Meta
+  Implement without_derivative;       // the public ops below autograd
+  Implement differentiable;           // and above
+  Implement autocast_cuda = nullptr;  // the public ops whose stock ones have a dtype rule there
+};
+
+// Registers a family for as long as it lives: one constant per file.
+class Registration {
+ public:
+  explicit Registration(const Family& family) {
+    for (const auto key : {c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::Meta}) {
+      family.inner(library(key));
+    }
+    family.without_derivative(library(c10::DispatchKey::CompositeExplicitAutograd));
+    torch::Library& autograd = library(c10::DispatchKey::Autograd);
+    family.differentiable(autograd);
+    refuse_autograd(autograd, family.inner_ops);
+    ignore_autocast(library(c10::DispatchKey::AutocastCPU), family.public_ops);
+    torch::Library& autocast_cuda = library(c10::DispatchKey::AutocastCUDA);
+    if (family.autocast_cuda) {
+      family.autocast_cuda(autocast_cuda);
+    } else {
+      ignore_autocast(autocast_cuda, family.public_ops);
+    }
+    refuse_vmap(library(c10::DispatchKey::FuncTorchBatched), family.public_ops);
+  }
+
+ private:
+  torch::Library& library(c10::DispatchKey key) {
+    return libraries_.emplace_back(torch::Library::IMPL, "redline", key, __FILE__, __LINE__);
+  }
+
+  std::list<torch::Library> libraries_;  // what it holds stays where it is
+};
 
 }  // namespace redline::ops

@@ -281,19 +281,12 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
       "Tensor? positions, Tensor? cu_seqlens, bool interleaved, str layout) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(redline, CPU, m) { implement_inner(m); }
-TORCH_LIBRARY_IMPL(redline, CUDA, m) { implement_inner(m); }
-TORCH_LIBRARY_IMPL(redline, Meta, m) { implement_inner(m); }
-TORCH_LIBRARY_IMPL(redline, CompositeExplicitAutograd, m) {
-  Public<without_derivative>::implement(m);
-}
-TORCH_LIBRARY_IMPL(redline, Autograd, m) {
-  Public<differentiable>::implement(m);
-  refuse_autograd(
-      m, {"rotary_forward", "rotary_backward", "qkv_rotary_forward", "qkv_rotary_backward"});
-}
-TORCH_LIBRARY_IMPL(redline, AutocastCPU, m) { ignore_autocast(m, {"rotary", "qkv_rotary"}); }
-TORCH_LIBRARY_IMPL(redline, AutocastCUDA, m) { ignore_autocast(m, {"rotary", "qkv_rotary"}); }
-TORCH_LIBRARY_IMPL(redline, FuncTorchBatched, m) { refuse_vmap(m, {"rotary", "qkv_rotary"}); }
+const Registration registration({
+    .public_ops = {"rotary", "qkv_rotary"},
+    .inner_ops = {"rotary_forward", "rotary_backward", "qkv_rotary_forward", "qkv_rotary_backward"},
+    .inner = implement_inner,
+    .without_derivative = Public<without_derivative>::implement,
+    .differentiable = Public<differentiable>::implement,
+});
 
 }  // namespace redline::ops

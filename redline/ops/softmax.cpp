@@ -193,16 +193,13 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
       "Tensor? sink_probability, float scale) -> (Tensor scores_grad, Tensor sink_grad)");
 }
 
-TORCH_LIBRARY_IMPL(redline, CPU, m) { implement_inner(m); }
-TORCH_LIBRARY_IMPL(redline, CUDA, m) { implement_inner(m); }
-TORCH_LIBRARY_IMPL(redline, Meta, m) { implement_inner(m); }
-TORCH_LIBRARY_IMPL(redline, CompositeExplicitAutograd, m) { m.impl("softmax", without_derivative); }
-TORCH_LIBRARY_IMPL(redline, Autograd, m) {
-  m.impl("softmax", differentiable);
-  refuse_autograd(m, {"softmax_forward", "softmax_backward"});
-}
-TORCH_LIBRARY_IMPL(redline, AutocastCPU, m) { ignore_autocast(m, {"softmax"}); }
-TORCH_LIBRARY_IMPL(redline, AutocastCUDA, m) { m.impl("softmax", in_float32); }
-TORCH_LIBRARY_IMPL(redline, FuncTorchBatched, m) { refuse_vmap(m, {"softmax"}); }
+const Registration registration({
+    .public_ops = {"softmax"},
+    .inner_ops = {"softmax_forward", "softmax_backward"},
+    .inner = implement_inner,
+    .without_derivative = [](torch::Library& m) { m.impl("softmax", without_derivative); },
+    .differentiable = [](torch::Library& m) { m.impl("softmax", differentiable); },
+    .autocast_cuda = [](torch::Library& m) { m.impl("softmax", in_float32); },
+});
 
 }  // namespace redline::ops

@@ -2,39 +2,10 @@
 // L1 while every head is read and written once.
 #include "redline/kernels/cpu/rotary.h"
 
-#include "redline/kernels/cpu/block.h"
+#include "redline/kernels/cpu/elements.h"
 
 namespace redline::cpu::REDLINE_ISA {
 namespace {
-
-template <typename T>
-struct AccumulationOf {
-  using type = float;
-};
-template <>
-struct AccumulationOf<double> {
-  using type = double;
-};
-template <typename T>
-using Accumulation = typename AccumulationOf<T>::type;
-
-template <typename T>
-REDLINE_INLINE Vector<Accumulation<T>> load_values(const T* from, int n) {
-  if constexpr (sizeof(T) == 2) {
-    return load_half(from, n);
-  } else {
-    return load(from, n);
-  }
-}
-
-template <typename T>
-REDLINE_INLINE void store_values(T* to, Vector<Accumulation<T>> v, int n) {
-  if constexpr (sizeof(T) == 2) {
-    store_half(to, v, n);
-  } else {
-    store(to, v, n);
-  }
-}
 
 using UInt64s __attribute__((vector_size(vector_bytes))) = uint64_t;
 
@@ -75,23 +46,23 @@ struct Tables {
 // Pairs (x[i], x[i + half]), `pairs` of them.
 template <typename T>
 REDLINE_INLINE void rotate_halves(const T* x, T* y, int64_t half, int pairs,
-                                  const Tables<Accumulation<T>>& tables) {
-  for_vectors<Accumulation<T>>(pairs, [&](int i, int n) {
-    const auto a = load_values(x + i, n), b = load_values(x + half + i, n);
+                                  const Tables<arithmetic<T>>& tables) {
+  for_vectors<arithmetic<T>>(pairs, [&](int i, int n) {
+    const auto a = load_wide(x + i, n), b = load_wide(x + half + i, n);
     const auto c = load(tables.cos.values + i, n), s = load(tables.sin.values + i, n);
-    store_values(y + i, a * c - b * s, n);
-    store_values(y + half + i, b * c + a * s, n);
+    store_narrow(y + i, a * c - b * s, n);
+    store_narrow(y + half + i, b * c + a * s, n);
   });
 }
 
 // Pairs (x[2 i], x[2 i + 1]).
 template <typename T>
 REDLINE_INLINE void rotate_neighbours(const T* x, T* y, int pairs,
-                                      const Tables<Accumulation<T>>& tables) {
-  for_vectors<Accumulation<T>>(2 * pairs, [&](int i, int n) {
-    const auto v = load_values(x + i, n);
+                                      const Tables<arithmetic<T>>& tables) {
+  for_vectors<arithmetic<T>>(2 * pairs, [&](int i, int n) {
+    const auto v = load_wide(x + i, n);
     const auto c = load(tables.cos.values + i, n), s = load(tables.sin.values + i, n);
-    store_values(y + i, v * c + swap_neighbours(v) * s, n);
+    store_narrow(y + i, v * c + swap_neighbours(v) * s, n);
   });
 }
 
@@ -122,7 +93,7 @@ struct Token {
 template <typename T>
 void rotate_block(const Token<T>& token, const float* cos, const float* sin, int64_t first,
                   int pairs) {
-  using Acc = Accumulation<T>;
+  using Acc = arithmetic<T>;
   const Rotary& args = token.args;
   const int64_t half = args.cos.sizes[1];
   const Acc direction = args.backward ? -1 : 1;
@@ -162,16 +133,7 @@ void rotate_token(const Rotary& args, int64_t outer, int64_t inner, int64_t posi
 }
 
 void rotate(const Rotary& args, int64_t outer, int64_t inner, int64_t position) {
-  switch (args.x.dtype) {
-    case DType::float64:
-      return rotate_token<double>(args, outer, inner, position);
-    case DType::float32:
-      return rotate_token<float>(args, outer, inner, position);
-    case DType::bfloat16:
-      return rotate_token<bfloat16>(args, outer, inner, position);
-    default:
-      return rotate_token<float16>(args, outer, inner, position);
-  }
+  visit_storage(args.x.dtype, [&]<typename T>() { rotate_token<T>(args, outer, inner, position); });
 }
 
 }  // namespace
