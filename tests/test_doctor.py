@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from files import plant
 from redline import doctor, move
 
 package = Path(doctor.__file__).resolve().parent
@@ -91,13 +92,6 @@ def test_it_runs_where_the_library_is_not_built(tmp_path):
 
 
 # --- the old address ------------------------------------------------------------------------------
-
-
-def plant(root: Path, name: str, text: str) -> Path:
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    return path
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """The layers: float64 truth composed from reference.py, the manners of nn.Module, C++'s bits."""
 
 import copy
-import functools
 import subprocess
 
 import pytest
@@ -9,11 +8,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import cases
+from layer_cases import FFN, GPTS, HEADS, HIDDEN, LAYERS, agree, seeded
 from megatron_config import configuration
-from redline.dyno.parts import why_no_compiler
 from redline.extensions import transformer_engine as te
 from redline.layers import (
-    GPT,
     Attention,
     Embedding,
     LayerNorm,
@@ -26,19 +24,6 @@ from redline.layers import (
 from reference_layers import truth
 from tolerance import assert_close
 
-HIDDEN, FFN, HEADS, KV_HEADS = 16, 24, 4, 2
-
-LAYERS = {
-    "RMSNorm": functools.partial(RMSNorm, HIDDEN, 1e-6),
-    "LayerNorm": functools.partial(LayerNorm, HIDDEN, zero_centered=True),
-    "Linear": functools.partial(Linear, HIDDEN, 5),
-    "LayerNormLinear": functools.partial(LayerNormLinear, HIDDEN, 5, normalization="LayerNorm"),
-    "LayerNormMLP": functools.partial(LayerNormMLP, HIDDEN, FFN),
-    "LayerNormMLP-gelu": functools.partial(LayerNormMLP, HIDDEN, FFN, activation="gelu"),
-    "Attention": functools.partial(Attention, HIDDEN, HEADS, KV_HEADS, bias=True),
-    "Attention-qk_norm": functools.partial(Attention, HIDDEN, HEADS, qk_norm=True, rotary_dim=2),
-    "TransformerLayer": functools.partial(TransformerLayer, HIDDEN, FFN, HEADS, KV_HEADS),
-}
 NAMES = {
     "RMSNorm": ["weight"],
     "LayerNorm": ["weight", "bias"],
@@ -69,10 +54,6 @@ NAMES = {
         "layernorm_mlp.fc2_weight",
     ],
 }
-GPTS = {
-    "GPT": functools.partial(GPT, 31, HIDDEN, FFN, 2, HEADS, KV_HEADS),
-    "GPT-tied": functools.partial(GPT, 31, HIDDEN, FFN, 2, HEADS, KV_HEADS, tied=True),
-}
 
 
 @pytest.fixture(params=cases.DEVICES)
@@ -80,31 +61,7 @@ def device(request):
     return request.param
 
 
-def seeded(make, device="cpu"):
-    """A layer and its input, from the numbers that tests/cpp/layer_outputs.cpp draws too."""
-    torch.manual_seed(1)
-    layer, x = make(), torch.randn(2, 7, HIDDEN)
-    return layer.to(device), x.to(device).requires_grad_()
-
-
-def seeded_gpt(make, device="cpu"):
-    """A model and [2, 9] tokens."""
-    torch.manual_seed(1)
-    gpt, tokens = make(), torch.randint(31, (2, 9))
-    return gpt.to(device), tokens.to(device)
-
-
-def agree(ours, theirs):
-    """The same bits; near on CUDA, where torch's attention backward gives others on each run."""
-    for a, b in zip(ours, theirs, strict=True):
-        if a.is_cuda:
-            torch.testing.assert_close(a, b)
-        else:
-            assert torch.equal(a, b)
-
-
 layers = pytest.mark.parametrize("name", LAYERS)
-gpts = pytest.mark.parametrize("name", GPTS)
 
 
 @layers
@@ -220,31 +177,6 @@ def test_compile(name, device):
     agree(*(torch.autograd.grad(call(x).sum(), [x]) for call in (compiled, layer)))
 
 
-@gpts
-def test_gpt_compiles(name, device):
-    gpt, tokens = seeded_gpt(GPTS[name], device)
-    torch._dynamo.reset()
-    compiled = torch.compile(gpt, fullgraph=True, backend="aot_eager")
-    grads = []
-    for model in (gpt, compiled):
-        gpt.zero_grad()
-        loss = model(tokens[:, :-1], tokens[:, 1:])
-        loss.backward()
-        grads.append([loss.detach(), *(p.grad.clone() for p in gpt.parameters())])
-    agree(*grads)
-
-
-def test_gpt_under_inductor(device):
-    gpt, tokens = seeded_gpt(GPTS["GPT"], device)
-    torch._dynamo.reset()
-    if reason := why_no_compiler(torch.device(device)):
-        pytest.skip(reason)
-    loss = torch.compile(gpt, fullgraph=True)(tokens[:, :-1], tokens[:, 1:])
-    loss.backward()
-    torch.testing.assert_close(loss, gpt(tokens[:, :-1], tokens[:, 1:]))
-    assert all(parameter.grad is not None for parameter in gpt.parameters())
-
-
 @layers
 def test_checkpointing(name, device):
     layer, x = seeded(LAYERS[name], device)
@@ -263,58 +195,6 @@ def test_dropout_is_the_same_when_checkpointed(device):
     agree(*grads)
     assert not torch.equal(layer(x), layer(x))
     assert torch.equal(layer.eval()(x), layer(x))
-
-
-@gpts
-def test_gpt_loss_is_the_cross_entropy_of_its_logits(name, device):
-    gpt, tokens = seeded_gpt(GPTS[name], device)
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    stock = torch.nn.functional.cross_entropy(gpt(inputs).flatten(0, 1), targets.flatten())
-    torch.testing.assert_close(gpt(inputs, targets), stock)
-    keys = list(gpt.state_dict())
-    assert keys[0] == "embedding.weight"
-    assert ("head.weight" in keys) != (name == "GPT-tied")
-    assert {key.split(".")[0] for key in keys} <= {"embedding", "layers", "final_norm", "head"}
-
-
-@pytest.mark.parametrize("inplace", [True, False])
-def test_gpt_writes_its_gradient_over_the_logits(inplace, device):
-    make = functools.partial(GPT, 31, HIDDEN, FFN, 1, HEADS, inplace_backward=inplace)
-    gpt, tokens = seeded_gpt(make, device)
-    loss = gpt(tokens, tokens)
-    loss.backward(retain_graph=True)
-    if inplace:
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
-    else:
-        loss.backward()
-
-
-def test_gpt_leaves_logits_that_a_hook_has_seen(device):
-    (gpt, tokens), kept = seeded_gpt(GPTS["GPT"], device), []
-    gpt.head.register_forward_hook(lambda module, inputs, output: kept.append(output))
-    gpt(tokens, tokens).backward()
-    assert torch.equal(kept[0], gpt(tokens))
-
-
-@gpts
-def test_gpt_under_autocast(name, device):
-    """bfloat16 products, float32 weights and gradients, and a loss near that of float32."""
-    gpt, tokens = seeded_gpt(GPTS[name], device)
-    plain = gpt(tokens[:, :-1], tokens[:, 1:]).detach()
-    with torch.autocast(device, dtype=torch.bfloat16):
-        assert gpt(tokens).dtype == torch.bfloat16
-        loss = gpt(tokens[:, :-1], tokens[:, 1:])
-    assert loss.dtype == torch.float32 and loss.item() != plain.item()
-    torch.testing.assert_close(loss.detach(), plain, rtol=1e-2, atol=0)
-    loss.backward()
-    for parameter in gpt.parameters():
-        assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all()
-
-
-def test_gpt_loss_with_frozen_parameters():
-    gpt, tokens = GPTS["GPT"]().requires_grad_(False), torch.randint(31, (2, 9))
-    assert not gpt(tokens, tokens).requires_grad
 
 
 def test_packed_sequences_match_separate_ones(device):

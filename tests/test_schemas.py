@@ -1,32 +1,12 @@
-"""What loading the library promises: it is quick, and its schemas only grow."""
+"""The schemas of a release only grow, by keyword arguments with defaults."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
-import redline.ops
+import redline.ops  # noqa: F401  (registers the ops)
 
 SCHEMAS = Path(__file__).with_name("schemas.txt")
-
-
-def test_import_takes_under_three_tenths_of_a_second():
-    """On top of torch's own import, in time of the processor: other programs do not count."""
-    program = (
-        "import time, torch; start = time.process_time(); import redline; "
-        "print(time.process_time() - start)"
-    )
-    environment = {"PYTHONPATH": str(Path(redline.ops.__file__).parents[2])}
-    times = []
-    for _ in range(3):
-        ran = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, env=environment
-        )
-        times.append(float(ran.stdout))
-        if times[-1] < 0.3:
-            return
-    raise AssertionError(f"import redline took {min(times):.2f} s on top of torch's")
 
 
 def schemas():

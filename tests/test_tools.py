@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from files import plant
+
 tools = Path(__file__).resolve().parent.parent / "tools"
 sys.path.insert(0, str(tools))
 
@@ -18,14 +20,6 @@ import check_spills  # noqa: E402
 import check_weak_symbols  # noqa: E402
 import cpp_functions  # noqa: E402
 import setup_environment  # noqa: E402
-
-
-def plant(root: Path, name: str, text: str) -> Path:
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    return path
-
 
 # --- includes -------------------------------------------------------------------------------------
 

@@ -1,0 +1,95 @@
+"""GPT: its loss, its logits in backward, under torch.compile and autocast."""
+
+import functools
+
+import pytest
+import torch
+
+import cases
+from layer_cases import FFN, GPTS, HEADS, HIDDEN, agree, seeded_gpt
+from redline.dyno.parts import why_no_compiler
+from redline.layers import GPT
+
+gpts = pytest.mark.parametrize("name", GPTS)
+
+
+@pytest.fixture(params=cases.DEVICES)
+def device(request):
+    return request.param
+
+
+@gpts
+def test_gpt_compiles(name, device):
+    gpt, tokens = seeded_gpt(GPTS[name], device)
+    torch._dynamo.reset()
+    compiled = torch.compile(gpt, fullgraph=True, backend="aot_eager")
+    grads = []
+    for model in (gpt, compiled):
+        gpt.zero_grad()
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        grads.append([loss.detach(), *(p.grad.clone() for p in gpt.parameters())])
+    agree(*grads)
+
+
+def test_gpt_under_inductor(device):
+    gpt, tokens = seeded_gpt(GPTS["GPT"], device)
+    torch._dynamo.reset()
+    if reason := why_no_compiler(torch.device(device)):
+        pytest.skip(reason)
+    loss = torch.compile(gpt, fullgraph=True)(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    torch.testing.assert_close(loss, gpt(tokens[:, :-1], tokens[:, 1:]))
+    assert all(parameter.grad is not None for parameter in gpt.parameters())
+
+
+@gpts
+def test_gpt_loss_is_the_cross_entropy_of_its_logits(name, device):
+    gpt, tokens = seeded_gpt(GPTS[name], device)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    stock = torch.nn.functional.cross_entropy(gpt(inputs).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(gpt(inputs, targets), stock)
+    keys = list(gpt.state_dict())
+    assert keys[0] == "embedding.weight"
+    assert ("head.weight" in keys) != (name == "GPT-tied")
+    assert {key.split(".")[0] for key in keys} <= {"embedding", "layers", "final_norm", "head"}
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_gpt_writes_its_gradient_over_the_logits(inplace, device):
+    make = functools.partial(GPT, 31, HIDDEN, FFN, 1, HEADS, inplace_backward=inplace)
+    gpt, tokens = seeded_gpt(make, device)
+    loss = gpt(tokens, tokens)
+    loss.backward(retain_graph=True)
+    if inplace:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    else:
+        loss.backward()
+
+
+def test_gpt_leaves_logits_that_a_hook_has_seen(device):
+    (gpt, tokens), kept = seeded_gpt(GPTS["GPT"], device), []
+    gpt.head.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    gpt(tokens, tokens).backward()
+    assert torch.equal(kept[0], gpt(tokens))
+
+
+@gpts
+def test_gpt_under_autocast(name, device):
+    """bfloat16 products, float32 weights and gradients, and a loss near that of float32."""
+    gpt, tokens = seeded_gpt(GPTS[name], device)
+    plain = gpt(tokens[:, :-1], tokens[:, 1:]).detach()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert gpt(tokens).dtype == torch.bfloat16
+        loss = gpt(tokens[:, :-1], tokens[:, 1:])
+    assert loss.dtype == torch.float32 and loss.item() != plain.item()
+    torch.testing.assert_close(loss.detach(), plain, rtol=1e-2, atol=0)
+    loss.backward()
+    for parameter in gpt.parameters():
+        assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all()
+
+
+def test_gpt_loss_with_frozen_parameters():
+    gpt, tokens = GPTS["GPT"]().requires_grad_(False), torch.randint(31, (2, 9))
+    assert not gpt(tokens, tokens).requires_grad
