@@ -120,8 +120,11 @@ def test_bits_do_not_depend_on_strides_threads_or_neighbours(cols, dtype, device
     )
     for row in (0, 17, 39):
         assert torch.equal(ops.cross_entropy(logits[row], targets[row], "none"), loss[row])
-        alone = logits[row : row + 1].clone()
-        assert torch.equal(ops.cross_entropy(alone, targets[row : row + 1], "none")[0], loss[row])
+        one = slice(row, row + 1)
+        alone = logits[one].clone().requires_grad_()
+        row_loss = ops.cross_entropy(alone, targets[one], "none")
+        assert torch.equal(row_loss, loss[one])
+        assert torch.equal(torch.autograd.grad(row_loss, alone, up[one])[0], ours[one])
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -27,7 +27,8 @@ def rotary(
     [tokens]. Without them a sequence counts from 0, in thd from each boundary of cu_seqlens, int64
     or int32 [sequences + 1]; thd tokens outside the boundaries are copied.
     interleaved: pairs are (x[2 i], x[2 i + 1]) and not (x[i], x[i + rotary_dim / 2]).
-    A position outside the tables is an error on CPU and gives NaN on CUDA. Computes in float32,
+    A position outside the tables is an error on CPU and gives NaN on CUDA; boundaries that fall or
+    lie beyond the tokens are an error on CPU. Computes in float32,
     rounds once, keeps nothing per token for backward; cos and sin have no gradient.
 
     >>> quarter = torch.tensor([[0.0], [1.0]])
