@@ -1,8 +1,13 @@
 # Decides REDLINE_WITH_CUDA: a toolkit is used when it is there, never required unless asked for.
 set(REDLINE_WITH_CUDA OFF)
 if(NOT REDLINE_CUDA STREQUAL "OFF")
-  if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX} AND EXISTS /usr/local/cuda/bin/nvcc)
-    set(CMAKE_CUDA_COMPILER /usr/local/cuda/bin/nvcc)
+  # REDLINE_NVCC is what tools/build.py found, among the packages of its interpreter at the last.
+  if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+    if(EXISTS /usr/local/cuda/bin/nvcc)
+      set(CMAKE_CUDA_COMPILER /usr/local/cuda/bin/nvcc)
+    elseif(REDLINE_NVCC)
+      set(CMAKE_CUDA_COMPILER ${REDLINE_NVCC})
+    endif()
   endif()
   set(CMAKE_CUDA_ARCHITECTURES ${REDLINE_CUDA_ARCHITECTURES})
   include(CheckLanguage)
@@ -12,6 +17,12 @@ if(NOT REDLINE_CUDA STREQUAL "OFF")
     if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
       message(FATAL_ERROR "redline: CUDA ${CMAKE_CUDA_COMPILER_VERSION} is too old: expected 12.8 "
                           "or newer; -DREDLINE_CUDA=OFF builds for the CPU alone")
+    endif()
+    # A packaged toolkit has the runtime under its full name alone, where CMake does not look.
+    if(CMAKE_CUDA_COMPILER MATCHES "(.*/nvidia/cu[0-9]+)/bin/")
+      file(GLOB runtime ${CMAKE_MATCH_1}/lib/libcudart.so.*)
+      set(CUDA_CUDART ${runtime} CACHE FILEPATH "The CUDA runtime, of which CMake takes the folder")
+      set(CUDA_cudart_LIBRARY ${runtime} CACHE FILEPATH "The CUDA runtime, to link")
     endif()
     find_package(CUDAToolkit REQUIRED)
     set(REDLINE_WITH_CUDA ON)

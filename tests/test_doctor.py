@@ -1,6 +1,7 @@
 """`redline doctor` finds what is planted, and works where things are missing."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,19 @@ def test_an_empty_path_misses_the_tools(monkeypatch):
     assert compiler.mend == "apt install g++"
     assert not finding("driver").found
     assert not compiler.needed
+
+
+def test_a_toolkit_among_the_packages_is_found(monkeypatch, tmp_path):
+    nvcc = plant(tmp_path, "nvidia/cu13/bin/nvcc", "#!/bin/sh\necho release 13.0,\n")
+    nvcc.chmod(0o755)
+    which = shutil.which
+
+    def planted_alone(name, path=None):  # the machine's own toolkits are not there
+        return which(name, path=path) if str(tmp_path) in (path or "") else None
+
+    monkeypatch.setattr(doctor.shutil, "which", planted_alone)
+    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert doctor.find_nvcc() == str(nvcc)
 
 
 def test_an_old_toolkit_is_named(monkeypatch):

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from check_spills import find_nvcc
 from progress import Phase, follow
 
 root = Path(__file__).resolve().parent.parent
@@ -64,6 +65,8 @@ def command_of(folder: Path, preset: str | None, everything: bool) -> list[str]:
     if preset is not None:
         return [*command, "--preset", preset]
     command += ["-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
+    if nvcc := find_nvcc():
+        command.append(f"-DREDLINE_NVCC={nvcc}")
     if capability := compute_capability():
         command.append(f"-DREDLINE_CUDA_ARCHITECTURES={capability}-real")
     if everything:

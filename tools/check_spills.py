@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 read_for_registers = {
@@ -35,8 +36,10 @@ flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cub
 
 
 def find_nvcc() -> str | None:
-    """nvcc from PATH, or from the place where the toolkit installs itself."""
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    """nvcc from PATH, from where the toolkit installs itself, or of the interpreter's packages."""
+    packaged = Path(sysconfig.get_path("purelib"), "nvidia").glob("cu*/bin")
+    places = (None, "/usr/local/cuda/bin", *map(str, packaged))
+    return next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
 
 
 def spills(log: str) -> list[str]:

@@ -73,9 +73,19 @@ def find_build_tools() -> Finding:
     return Finding("build tools", f"cmake, ninja, {ccache}")
 
 
+def find_nvcc() -> str | None:
+    """Where `make build` finds it: tools/check_spills.py."""
+    packaged = Path(sysconfig.get_path("purelib"), "nvidia").glob("cu*/bin")
+    places = (None, "/usr/local/cuda/bin", *map(str, packaged))
+    return next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
+
+
 def find_toolkit() -> Finding:
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    wanted = "install CUDA 12.8 or newer and put nvcc on PATH, then: make build"
+    nvcc = find_nvcc()
+    wanted = (
+        "install CUDA 12.8 or newer and put nvcc on PATH, or pip install nvidia-cuda-nvcc and "
+        "nvidia-cuda-cccl of torch's CUDA version, then: make build"
+    )
     if nvcc is None:
         why = "no nvcc: the CUDA kernels are not compiled"
         return Finding("CUDA toolkit", missing=why, mend=wanted, needed=False)
