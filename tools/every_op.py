@@ -1,0 +1,95 @@
+#!/usr/bin/env python3
+"""Runs every op once in either direction on small CUDA tensors: what the sanitizers watch.
+
+    compute-sanitizer --tool memcheck python3 tools/every_op.py
+    compute-sanitizer --tool racecheck python3 tools/every_op.py
+
+Widths: within a warp, of odd length, of a block, of a cluster, beyond one.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
+
+import torch
+
+from redline import ops
+from redline.optim import AdamW, clip_grad_norm
+
+WIDTHS = (16, 129, 256, 1000, 1024, 4096, 16384, 40000, 140001)
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def both(function, *inputs):
+    """Forward, and backward from ones."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    outs = out if isinstance(out, tuple) else (out,)
+    torch.autograd.grad([y.float().sum() for y in outs], leaves, allow_unused=True)
+
+
+def draw(*shape, dtype):
+    return torch.randn(*shape, device="cuda", dtype=dtype)
+
+
+def norms(width, dtype):
+    x, residual = draw(5, width, dtype=dtype), draw(5, width, dtype=dtype)
+    weight, bias = draw(width, dtype=dtype), draw(width, dtype=torch.float32)
+    both(ops.rms_norm, x, weight)
+    both(ops.layer_norm, x, weight, bias)
+    both(ops.residual_rms_norm, x, residual, weight)
+    both(ops.residual_layer_norm, x, residual, weight, bias)
+
+
+def rows(width, dtype):
+    x, bias = draw(70, width, dtype=dtype), draw(width, dtype=dtype)
+    both(ops.activation, x, bias)
+    both(lambda a, b: ops.bias_dropout_add(a, b, x, 0.5), x, bias)
+    both(ops.gated_activation_pair, x, x.flip(0))
+    gain = draw(70, dtype=torch.float32)
+    packed, both_biases = draw(70, 2 * width, dtype=dtype), draw(2 * width, dtype=dtype)
+    both(lambda a, b, s: ops.gated_activation(a, bias=b, row_scale=s), packed, both_biases, gain)
+    targets = torch.randint(width, (70,), device="cuda")
+    both(lambda a: ops.cross_entropy(a, targets, label_smoothing=0.1, logit_softcap=30.0), x)
+    both(lambda a: ops.cross_entropy(a * 1, targets, inplace_backward=True), x)
+    tokens = torch.randint(9, (300,), device="cuda")
+    both(lambda w: ops.embedding(tokens, w), draw(11, width, dtype=dtype))
+    both(lambda s: ops.softmax(s, causal=True), x.view(1, 7, 10, width))
+
+
+def heads(dtype):
+    cos, sin = draw(40, 16, dtype=torch.float32), draw(40, 16, dtype=torch.float32)
+    both(lambda x: ops.rotary(x, cos, sin), draw(2, 33, 3, 64, dtype=dtype))
+    both(lambda x: ops.qkv_rotary(x, cos, sin, 4, 2), draw(2, 33, 8 * 32, dtype=dtype))
+    weight, x = draw(24, 40, dtype=dtype), draw(7, 40, dtype=dtype)
+    main_grad = torch.zeros(24, 40, device="cuda")
+    both(lambda a, w: ops.linear(a, w, main_grad=main_grad), x, weight)
+    if dtype == torch.bfloat16:
+        q, k, v = (draw(2, 64, h, 64, dtype=dtype) for h in (4, 2, 2))
+        both(lambda a, b, c: ops.attention(a, b, c, causal=True), q, k, v)
+
+
+def optimiser(dtype):
+    parameters = [torch.nn.Parameter(draw(n, dtype=dtype)) for n in (1, 37, 70001)]
+    step = AdamW(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    clip_grad_norm(parameters, 1.0, optimizer=step)
+    step.step()
+
+
+def main():
+    for width, dtype in itertools.product(WIDTHS, DTYPES):
+        norms(width, dtype)
+        rows(width, dtype)
+    for dtype in DTYPES:
+        heads(dtype)
+        optimiser(dtype)
+    torch.cuda.synchronize()
+    print("every op ran")
+
+
+if __name__ == "__main__":
+    main()
