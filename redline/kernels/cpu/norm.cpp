@@ -3,8 +3,6 @@
 // a [cols] row of the workspace.
 #include "redline/kernels/cpu/norm.h"
 
-#include <string.h>
-
 #include "redline/kernels/cpu/column_sums.h"
 #include "redline/kernels/cpu/elements.h"
 
