@@ -1,14 +1,19 @@
 // Sums over the threads that share a row, in an order that the thread count alone fixes.
 #pragma once
 
+#include <cstdint>
+
 namespace redline::cuda {
 
-// Every lane gets the sum over its Lanes neighbours: the butterfly adds the same pairs in each.
+// Every lane gets the sum over its Lanes neighbours: the butterfly adds the same pairs in each. The
+// other lanes of the warp may be elsewhere.
 template <int Lanes = 32>
 __device__ __forceinline__ float warp_sum(float value) {
+  uint32_t mask = 0xffffffffu;
+  if constexpr (Lanes < 32) mask = ((1u << Lanes) - 1) << (threadIdx.x % 32 / Lanes * Lanes);
 #pragma unroll
   for (int offset = Lanes / 2; offset > 0; offset /= 2) {
-    value += __shfl_xor_sync(0xffffffffu, value, offset);
+    value += __shfl_xor_sync(mask, value, offset);
   }
   return value;
 }
