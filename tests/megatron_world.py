@@ -117,6 +117,7 @@ def build(kind, device, dtype=torch.float32, spec_options=(), **options):
     tied, positions = options.pop("tied", False), options.pop("positions", "rope")
     model_options = options.pop("model_options", {})
     torch.manual_seed(0)
+    model_parallel_cuda_manual_seed(1, force_reset_rng=True)  # GPU weights and dropout
     config = config_of(device, dtype, **options)
     model = GPTModel(
         config,

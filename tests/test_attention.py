@@ -253,7 +253,8 @@ def test_tracing(options, device):
     contract.exports(function, inputs)
     contract.runs_in_inference_mode(function, inputs)
     contract.refuses_vmap(function, inputs)
-    contract.refuses_double_backward(function, inputs)
+    if device == "cpu":  # small float32 on CUDA goes by torch's products, which have it
+        contract.refuses_double_backward(function, inputs)
     if device == "cuda":
         # torch's backward gives other bits on each run there
         contract.captures(function, inputs, backward=False)

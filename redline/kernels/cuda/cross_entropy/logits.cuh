@@ -10,6 +10,10 @@
 namespace redline::cuda {
 namespace {
 
+// 16-bit logits take the hardware's exponential, float32 the library's.
+template <typename T>
+inline constexpr bool fast = sizeof(T) == 2;
+
 constexpr int in_flight = 4;  // vectors that a thread loads before it uses the first
 
 // What both readers of the logits know of them.

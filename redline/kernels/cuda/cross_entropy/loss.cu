@@ -36,13 +36,13 @@ __device__ __forceinline__ void add_vectors(const Packed<T> (&packed)[in_flight]
   for (int k = 1; k < count; ++k) maximum = fmaxf(maximum, raw(k));
   maximum = fmaxf(running.maximum, capped(maximum, args.softcap));
   if (maximum > running.maximum) {
-    running.exponentials *= exponential<true>(running.maximum - maximum);
+    running.exponentials *= exponential<fast<T>>(running.maximum - maximum);
     running.maximum = maximum;
   }
   const float origin = maximum == negative_infinity() ? 0.0f : maximum;
   if (args.softcap == 0.0f && args.width == 3) {
 #pragma unroll
-    for (int k = 0; k < count; ++k) running.exponentials += exponential<true>(raw(k) - origin);
+    for (int k = 0; k < count; ++k) running.exponentials += exponential<fast<T>>(raw(k) - origin);
     return;
   }
 #pragma unroll
@@ -50,7 +50,7 @@ __device__ __forceinline__ void add_vectors(const Packed<T> (&packed)[in_flight]
     if (at.col + k / N * at.step + k % N >= at.cols) continue;
     const float x = capped(raw(k), args.softcap);
     running.sum += x;
-    running.exponentials += exponential<true>(x - origin);
+    running.exponentials += exponential<fast<T>>(x - origin);
   }
 }
 
@@ -103,7 +103,8 @@ __global__ void __launch_bounds__(Threads, 1024 / Threads)
 
   const float maximum = block_max<Threads>(running.maximum, max_scratch);
   const float origin = maximum == negative_infinity() ? 0.0f : maximum;
-  float sums[2] = {running.exponentials * exponential<true>(running.maximum - origin), running.sum};
+  float sums[2] = {running.exponentials * exponential<fast<T>>(running.maximum - origin),
+                   running.sum};
   block_sum<Threads>(sums, sum_scratch);
   if (threadIdx.x != 0) return;
   const int64_t target_col = target - args.vocab_start;

@@ -206,8 +206,8 @@ __global__ void __launch_bounds__(most_threads, 1) backward_kernel(const Backwar
                                  threads, thread};
   if (group == 0) weight.fill(args, at);
   float weight_sums[N] = {}, bias_sums[N] = {}, sums[sum_count] = {};
-  RowStatistics statistics = {};
-  if (left > 0) statistics = statistics_of<Layer>(args, row);
+  RowStatistics following = {};  // of the next row, loaded a row ahead of its use
+  if (left > 1 && Form::aligned) following = statistics_of<Layer>(args, row + stride);
   const Group sharing = {nullptr, thread / 32, threads / 32, groups > 1 ? group + 1 : 0};
   __syncthreads();
   if constexpr (Tile::cluster > 1) cluster_wait();
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(most_threads, 1) backward_kernel(const Backwar
     const RowTerms<Form> terms = {ring, weight, ring.last(), of};
     if (at.col < at.cols) terms.sum(sums, weight_sums, bias_sums);
   };
-  if (left > 0) sum_next(statistics);
+  if (left > 0) sum_next(statistics_of<Layer>(args, row));
   // The first pass over the next row stands between a row's sums and their use: no one waits.
   for (int turn = 0; left > 0; row += stride, --left, turn = (turn + 1) % 4) {
     float row_sums[sum_count];
@@ -225,11 +225,16 @@ __global__ void __launch_bounds__(most_threads, 1) backward_kernel(const Backwar
       row_sums[k] = sums[k];
       sums[k] = 0.0f;
     }
-    const RowTerms<Form> terms = {ring, weight, ring.last(), statistics};
-    if (left > 1) statistics = statistics_of<Layer>(args, row + stride);
     float* slots = scratch[turn % 2] + group * Group::post_count(threads / 32) * sum_count;
     sharing.post(row_sums, slots, arrived + turn % 2);
-    if (left > 1) sum_next(statistics);
+    const int slot = ring.last();
+    if (left > 1) {
+      if (!Form::aligned) following = statistics_of<Layer>(args, row + stride);  // no registers
+      sum_next(following);
+    }
+    // Read again rather than held: registers.
+    const RowTerms<Form> terms = {ring, weight, slot, statistics_of<Layer>(args, row)};
+    if (left > 2 && Form::aligned) following = statistics_of<Layer>(args, row + 2 * stride);
     sharing.collect(row_sums, slots, arrived + turn % 2, turn / 2);
     const RowMeans means = means_of<Layer>(row_sums, args.cols, terms.of.inverse_std);
     if (at.col < at.cols) terms.store(args, row, at, means);

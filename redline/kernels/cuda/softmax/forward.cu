@@ -127,7 +127,7 @@ __device__ __forceinline__ Normaliser normaliser(const ForwardArgs& args,
   const float sink = args.sink == nullptr ? negative_infinity() : args.sink[head] * E::unit;
   const float top = fmaxf(group_max(own.group, running.maximum, own.group.slots), sink);
   const float origin = origin_of(top);
-  float sum[1] = {running.total * E::above(origin_of(running.maximum), origin)};
+  float sum[1] = {running.total * E::above(running.maximum, origin)};
   own.group.sum(sum, own.group.slots + 32);
   const float whole = sum[0] + E::above(sink, origin);
   const float inverse_sum = whole == 0.0f ? 0.0f : 1.0f / whole;
@@ -163,7 +163,7 @@ __device__ __forceinline__ void add_exponentials(Packed<T> (&held)[V], const Row
   }
   forget_wide(held);
   const float origin = origin_of(larger);
-  running.total *= Exponent<T>::above(origin_of(running.maximum), origin);
+  running.total *= Exponent<T>::above(running.maximum, origin);
   running.maximum = larger;
 #pragma unroll
   for (int v = 0; v < V; ++v) {
