@@ -1,5 +1,6 @@
 """Every test starts from one seed, and float outputs of torch.empty start as NaN."""
 
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -20,6 +21,16 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_process_group_stays():
+    """A file that joins one leaves it to the end of the file, so that the next may make its own."""
+    yield
+    if torch.distributed.is_initialized():
+        if "megatron.core.parallel_state" in sys.modules:
+            sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

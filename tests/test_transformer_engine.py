@@ -318,3 +318,13 @@ def test_packed_tokens_are_shared_out(ranks):
     assert all(len(part) == 24 // ranks for part in parts)
     if ranks == 2:
         assert parts[0].tolist() == [0, 1, 6, 7, 8, 9, 10, 11, 20, 21, 22, 23]
+
+
+def test_layernorm_mlp_is_a_name_alone():
+    assert not isinstance(torch.nn.Linear(1, 1), te.pytorch.LayerNormMLP)
+    with pytest.raises(NotImplementedError) as refusal:
+        te.pytorch.LayerNormMLP(8, 16)
+    assert str(refusal.value) == (
+        "LayerNormMLP: not in the stand-in for Transformer Engine; "
+        "redline.layers.LayerNormMLP has its parameters"
+    )

@@ -32,6 +32,7 @@ from redline.megatron.transformer_engine.pytorch.module import (
     GroupedLinear,
     LayerNorm,
     LayerNormLinear,
+    LayerNormMLP,
     Linear,
     RMSNorm,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "GroupedLinear",
     "LayerNorm",
     "LayerNormLinear",
+    "LayerNormMLP",
     "Linear",
     "RMSNorm",
     "attention",

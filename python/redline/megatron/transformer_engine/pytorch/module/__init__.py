@@ -5,6 +5,7 @@ from redline.megatron.transformer_engine.pytorch.module import base
 from redline.megatron.transformer_engine.pytorch.module.grouped_linear import GroupedLinear
 from redline.megatron.transformer_engine.pytorch.module.layernorm import LayerNorm
 from redline.megatron.transformer_engine.pytorch.module.layernorm_linear import LayerNormLinear
+from redline.megatron.transformer_engine.pytorch.module.layernorm_mlp import LayerNormMLP
 from redline.megatron.transformer_engine.pytorch.module.linear import Linear
 from redline.megatron.transformer_engine.pytorch.module.rmsnorm import RMSNorm
 
@@ -14,6 +15,7 @@ __all__ = [
     "GroupedLinear",
     "LayerNorm",
     "LayerNormLinear",
+    "LayerNormMLP",
     "Linear",
     "RMSNorm",
     "base",
