@@ -30,7 +30,8 @@ inline constexpr int64_t offset_step = 4;
 
 // Of 2^16: elements are dropped with the nearest multiple of 2^-16 to the probability.
 constexpr uint32_t drop_threshold(double probability) {
-  return static_cast<uint32_t>(probability * 65536.0 + 0.5);
+  const double nearest = probability * 65536.0 + 0.5;
+  return static_cast<uint32_t>(nearest);
 }
 
 // What a kept element is multiplied by.
