@@ -31,6 +31,7 @@ struct Matrix {
 // `cols` elements per row but in the last one of a matrix that stands for one long row.
 struct Extent {
   int64_t elements, rows;
+  int64_t total;  // vectors of the matrix: fewer than rows * vectors where the last row is short
   int cols, vectors;  // vectors per row
   Divisor per_row;    // by `vectors`
 
@@ -40,7 +41,7 @@ struct Extent {
     uint32_t vector;
   };
   __device__ __forceinline__ Split split(int64_t first) const {
-    if (rows * vectors <= INT32_MAX) {
+    if (total <= INT32_MAX) {
       const uint32_t vector = static_cast<uint32_t>(first);
       return {per_row.quotient(vector), per_row.remainder(vector)};
     }
@@ -75,15 +76,24 @@ inline Extent extent(const char* op, const TensorView& view, int size, bool flat
   const int64_t elements = view.sizes[0] * view.sizes[1];
   if (flat) {
     const int vectors = flat_cols / size;
-    return {elements, ceil_div(elements, flat_cols), flat_cols, vectors,
-            Divisor(static_cast<uint32_t>(vectors))};
+    return {.elements = elements,
+            .rows = ceil_div(elements, flat_cols),
+            .total = ceil_div(elements, size),
+            .cols = flat_cols,
+            .vectors = vectors,
+            .per_row = Divisor(static_cast<uint32_t>(vectors))};
   }
   // A column index may pass the row's end by one block's step.
   REDLINE_CHECK(view.sizes[1] < INT32_MAX - 65536, op,
                 ": expected rows below 2^31 - 65536 columns, not ", view);
   const int cols = static_cast<int>(view.sizes[1]);
   const int vectors = static_cast<int>(ceil_div(cols, size));
-  return {elements, view.sizes[0], cols, vectors, Divisor(std::max(1, vectors))};
+  return {.elements = elements,
+          .rows = view.sizes[0],
+          .total = view.sizes[0] * vectors,
+          .cols = cols,
+          .vectors = vectors,
+          .per_row = Divisor(std::max(1, vectors))};
 }
 
 // Small blocks: one that ends makes room early. With 256 threads gelu ran at 0.97 of a copy, with
@@ -94,7 +104,7 @@ template <typename Op, bool Aligned>
 __global__ void __launch_bounds__(element_threads) element_kernel(const Op op) {
   constexpr int U = Op::in_flight;
   const Extent& extent = op.extent;
-  const int64_t total = extent.rows * extent.vectors;
+  const int64_t total = extent.total;
   const int64_t first = int64_t{blockIdx.x} * (element_threads * U) + threadIdx.x;
   if (first >= total) return;
   const auto split = extent.split(first);
@@ -115,7 +125,7 @@ __global__ void __launch_bounds__(element_threads) element_kernel(const Op op) {
 // `aligned`: every row of every view may be read by 16 bytes.
 template <typename Op>
 void launch_elements(const Op& op, bool aligned, Stream stream) {
-  const int64_t total = op.extent.rows * op.extent.vectors;
+  const int64_t total = op.extent.total;
   visit_bool(aligned, [&]<bool Aligned>() {
     launch(element_kernel<Op, Aligned>,
            {.grid = dim3(ceil_div(total, element_threads * Op::in_flight)),
