@@ -4,12 +4,18 @@
     compute-sanitizer --tool memcheck python3 tools/every_op.py
     compute-sanitizer --tool racecheck python3 tools/every_op.py
 
-Widths: within a warp, of odd length, of a block, of a cluster, beyond one.
+Widths: within a warp, of odd length, of a block, of a cluster, beyond one. Each tensor is its own
+allocation of the driver: in torch's cached segments a write past a tensor's end hits the next one,
+and memcheck says nothing.
 """
 
 import itertools
+import os
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # before torch is imported
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
 
@@ -45,7 +51,9 @@ def norms(width, dtype):
 
 def rows(width, dtype):
     x, bias = draw(70, width, dtype=dtype), draw(width, dtype=dtype)
+    both(ops.activation, x)  # without a bias a matrix is walked as one long row
     both(ops.activation, x, bias)
+    both(lambda a: ops.bias_dropout_add(a, None, x, 0.5), x)
     both(lambda a, b: ops.bias_dropout_add(a, b, x, 0.5), x, bias)
     both(ops.gated_activation_pair, x, x.flip(0))
     gain = draw(70, dtype=torch.float32)
