@@ -25,7 +25,7 @@ __device__ __forceinline__ void add_bias(const Common& args, const Place<Aligned
     load_mixed<T>(args.bias.data, args.bias.is_float32, 0, at.col, at.end, Aligned, bias);
   }
 #pragma unroll
-  for (int i = 0; i < vector_size<T>; ++i) x[i] = to_float(packed.values[i]) + bias[i];
+  for (int i = 0; i < vector_size<T>; ++i) x[i] = element(packed, i) + bias[i];
 }
 
 template <typename T, typename Function>
@@ -70,7 +70,7 @@ struct Backward : Common {
     for (int i = 0; i < size; ++i) {
       float value, derivative;
       Function::derive(values[i], value, derivative);
-      result[i] = to_float(in.y_grad.values[i]) * derivative;
+      result[i] = element(in.y_grad, i) * derivative;
     }
     store(x_grad.row<T>(at.row), at, pack<T>(result));
   }

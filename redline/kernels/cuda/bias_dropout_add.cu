@@ -70,10 +70,10 @@ struct Forward {
       load_mixed<T>(bias.data, bias.is_float32, 0, at.col, at.end, Aligned, added);
     }
 #pragma unroll
-    for (int i = 0; i < size; ++i) values[i] = to_float(in.x.values[i]) + added[i];
+    for (int i = 0; i < size; ++i) values[i] = element(in.x, i) + added[i];
     dropout.apply(at, values);
 #pragma unroll
-    for (int i = 0; i < size; ++i) values[i] += to_float(in.residual.values[i]);
+    for (int i = 0; i < size; ++i) values[i] += element(in.residual, i);
     store(y.row<R>(at.row), at, pack<R>(values));
     if (rng_state != nullptr && at.row == 0 && at.col == 0) store_state();
   }
@@ -108,7 +108,7 @@ struct Backward {
   __device__ __forceinline__ void gradient(const Place<Aligned>& at, const Input& in,
                                            float (&result)[size]) const {
 #pragma unroll
-    for (int i = 0; i < size; ++i) result[i] = to_float(in.values[i]);
+    for (int i = 0; i < size; ++i) result[i] = element(in, i);
     dropout.apply(at, result);
     store(x_grad.row<T>(at.row), at, pack<T>(result));
   }

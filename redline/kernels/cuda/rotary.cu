@@ -136,8 +136,8 @@ __device__ __forceinline__ void turn(Packed<T, V>& a, Packed<T, V>& b, const Ang
   float values[2][V];
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    values[0][i] = to_float(a.values[i]);
-    values[1][i] = to_float(b.values[i]);
+    values[0][i] = element(a, i);
+    values[1][i] = element(b, i);
   }
 #pragma unroll
   for (int i = 0; i < V; ++i) {

@@ -57,7 +57,7 @@ __device__ __forceinline__ Packed<T> gradient_vector(const Packed<T>& logits,
   if (softcap == 0.0f) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float e = exponential<fast<T>>(to_float(logits.values[i]) - row.maximum);
+      const float e = exponential<fast<T>>(element(logits, i) - row.maximum);
       grad[i] = e * row.scale - row.shift;
     }
     one_hot();
@@ -66,7 +66,7 @@ __device__ __forceinline__ Packed<T> gradient_vector(const Packed<T>& logits,
   float slope[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    const float x = capped(to_float(logits.values[i]), softcap);
+    const float x = capped(element(logits, i), softcap);
     grad[i] = exponential<fast<T>>(x - row.maximum) * row.scale - row.shift;
     slope[i] = 1.0f - (x / softcap) * (x / softcap);
   }

@@ -30,7 +30,7 @@ __device__ __forceinline__ void add_vectors(const Packed<T> (&packed)[in_flight]
                                             const StatisticsArgs& args, Running& running) {
   constexpr int N = vector_size<T>, count = in_flight * N;
   if (at.col >= at.cols) return;
-  const auto raw = [&](int k) { return to_float(packed[k / N].values[k % N]); };
+  const auto raw = [&](int k) { return element(packed[k / N], k % N); };
   float maximum = raw(0);
 #pragma unroll
   for (int k = 1; k < count; ++k) maximum = fmaxf(maximum, raw(k));

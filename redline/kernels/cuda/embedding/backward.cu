@@ -130,7 +130,7 @@ __device__ __forceinline__ void sum_tokens(const Backward& args, int begin, int 
     for (int k = 0; k < sum_vectors; ++k) {
 #pragma unroll
       for (int e = 0; e < V; ++e) {
-        if (i + k < end) sums[e] += to_float(values[k].values[e]);
+        if (i + k < end) sums[e] += element(values[k], e);
       }
     }
   }
@@ -209,7 +209,7 @@ __device__ __forceinline__ void sum_row(const Backward& args, int64_t row, int b
   if (args.accumulate) {
     const Packed<Out, V> before = load_at<Out, V>(to);
 #pragma unroll
-    for (int e = 0; e < V; ++e) sums[e] += to_float(before.values[e]);
+    for (int e = 0; e < V; ++e) sums[e] += element(before, e);
   }
   *reinterpret_cast<Packed<Out, V>*>(to) = pack<Out, V>(sums);
 }

@@ -37,7 +37,7 @@ struct Backward : Common {
     const float factor = scale<T>(at.row);
 #pragma unroll
     for (int i = 0; i < size; ++i) {
-      const float g = to_float(in.y_grad.values[i]), second = Kind::linear(b[i], parameters);
+      const float g = element(in.y_grad, i), second = Kind::linear(b[i], parameters);
       float value, derivative;
       Kind::derive(a[i], parameters, value, derivative);
       out.gate[i] = g * factor * second * derivative;

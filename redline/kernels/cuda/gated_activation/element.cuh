@@ -90,7 +90,7 @@ struct Common {
       load_mixed<T>(bias.data, bias.is_float32, offset, at.col, at.end, Aligned, added);
     }
 #pragma unroll
-    for (int i = 0; i < vector_size<T>; ++i) values[i] = to_float(packed.values[i]) + added[i];
+    for (int i = 0; i < vector_size<T>; ++i) values[i] = element(packed, i) + added[i];
   }
 };
 
