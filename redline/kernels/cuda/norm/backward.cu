@@ -5,6 +5,7 @@
 // from which a row is read twice: for the sums over it and for x_grad. Registers hold the group's
 // part of the weight's gradient until the rows end; a second launch adds the blocks' parts in
 // order. Bound by bytes; of the floor: bench/results.
+#include "redline/kernels/cuda/device/row_exchange.cuh"
 #include "redline/kernels/cuda/device/row_ring.cuh"
 #include "redline/kernels/cuda/norm/long_backward.cuh"
 #include "redline/kernels/cuda/sum_chunks.cuh"
@@ -14,9 +15,8 @@ namespace cuda {
 namespace {
 
 constexpr int most_threads = 1024;           // of a block: 64 registers a thread
-constexpr int most_groups = 15;              // of whole warps: a named barrier each
-constexpr int shared_limit = 219 * 1024;     // of a block's 227 on sm_90, without its arrays
-constexpr int shared_limit_80 = 155 * 1024;  // of 163 on sm_80
+constexpr int shared_limit = 225 * 1024;     // of a block's 227 on sm_90, without its arrays
+constexpr int shared_limit_80 = 161 * 1024;  // of 163 on sm_80
 
 // Lanes: threads of a row within a warp, or 0: whole warps of a block, of each of Cluster blocks. A
 // thread has one vector of the row: two of them for rms, whose sums are half of layer's, ran at
@@ -26,44 +26,53 @@ struct Tile {
   static constexpr int lanes = Lanes, cluster = Cluster;
 };
 
+using Ring = RowRing<most_threads>;
+
 // A thread's pieces of a row in the ring, by the first of each tensor's.
 template <typename Form>
 struct RowPieces {
   using T = typename Form::T;
   using X = typename Form::X;
   static constexpr int N = vector_size<T>, x_size = sizeof(Packed<X, N>) / 16;
-  static constexpr int x = 0, y_grad = x_size, sum_grad = x_size + 1;
+  static constexpr int x = 0, y_grad = x + x_size, sum_grad = y_grad + 1;
 
   static constexpr int count(bool has_sum_grad) { return sum_grad + (has_sum_grad ? x_size : 0); }
 };
 
+// Element `col` of a row whose stride in bytes is given.
+template <typename S>
+__device__ __forceinline__ S* at_row(const Matrix& of, uint32_t row, uint32_t stride, int col) {
+  return reinterpret_cast<S*>(static_cast<char*>(of.data) + uint64_t{row} * stride) + col;
+}
+
 template <typename Form>
-__device__ __forceinline__ void request_row(const Backward& args, RowRing& ring, int64_t row,
-                                            bool any, int col) {
+__device__ __forceinline__ void request_row(const Backward& args, const Ring& ring, int slot,
+                                            uint32_t row, bool any, int col) {
   using Pieces = RowPieces<Form>;
   using T = typename Form::T;
   using X = typename Form::X;
   constexpr int N = vector_size<T>;
   constexpr bool Aligned = Form::aligned;
+  const Layout& in = args.layout;
   const int left = args.cols - col;
   if (any && left > 0) {
-    ring.request<Aligned, X, N>(Pieces::x, row_at<const X>(args.x, row) + col, left);
-    ring.request<Aligned, T, N>(Pieces::y_grad, row_at<const T>(args.y_grad, row) + col, left);
+    ring.request<Aligned, X, N>(slot, Pieces::x, at_row<const X>(args.x, row, in.x, col), left);
+    ring.request<Aligned, T, N>(slot, Pieces::y_grad,
+                                at_row<const T>(args.y_grad, row, in.y_grad, col), left);
     if (args.sum_grad.data != nullptr) {
-      ring.request<Aligned, X, N>(Pieces::sum_grad, row_at<const X>(args.sum_grad, row) + col,
-                                  left);
+      ring.request<Aligned, X, N>(slot, Pieces::sum_grad,
+                                  at_row<const X>(args.sum_grad, row, in.sum_grad, col), left);
     }
   }
   ring.commit();
 }
 
 // The weight as float32 in shared memory, where all groups of the block read it: [N / 4][threads]
-// quadruples.
+// quadruples, as far apart as the most threads need.
 template <typename T>
 struct WeightTable {
-  static constexpr int N = vector_size<T>;
-  float4* memory;
-  int threads, thread;
+  static constexpr int N = vector_size<T>, bytes = N * 4 * most_threads;
+  float4* own;
 
   template <bool Aligned>
   __device__ __forceinline__ void fill(const Backward& args, Columns<Aligned> at) const {
@@ -71,13 +80,23 @@ struct WeightTable {
     load_weight<T>(args, at, w);
 #pragma unroll
     for (int k = 0; k < N; k += 4) {
-      memory[k / 4 * threads + thread] =
-          make_float4(w[0][k], w[0][k + 1], w[0][k + 2], w[0][k + 3]);
+      own[k / 4 * most_threads] = make_float4(w[0][k], w[0][k + 1], w[0][k + 2], w[0][k + 3]);
     }
   }
-  // The weight of element i, a constant: one load for four of them, held no longer than they need.
-  __device__ __forceinline__ float at(int i) const {
-    return reinterpret_cast<const float*>(memory + i / 4 * threads + thread)[i % 4];
+  // Calls use(i, weight of element i) for each: four at a time by one load, which the compiler
+  // would take apart, held no longer than they need.
+  template <typename Use>
+  __device__ __forceinline__ void each(Use use) const {
+    const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(own));
+#pragma unroll
+    for (int k = 0; k < N; k += 4) {
+      float four[4];
+      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(four[0]), "=f"(four[1]), "=f"(four[2]), "=f"(four[3])
+                   : "r"(from + k / 4 * most_threads * 16));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) use(k + i, four[i]);
+    }
   }
 };
 
@@ -89,56 +108,58 @@ struct RowTerms {
   using Pieces = RowPieces<Form>;
   static constexpr int N = vector_size<T>;
   static constexpr bool Layer = Form::layer;
-  const RowRing& ring;
+  const Ring& ring;
   const WeightTable<T>& weight;
   int slot;
   RowStatistics of;
 
-  // Of a thread whose vector lies in the row; the ring holds nothing for the others.
-  __device__ __forceinline__ void load(float (&y_grad)[N], float (&normalized)[N]) const {
-    const Packed<X, N> x = ring.read<X, N>(slot, Pieces::x);
-    const Packed<T, N> upstream = ring.read<T, N>(slot, Pieces::y_grad);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      y_grad[i] = to_float(upstream.values[i]);
-      normalized[i] = (to_float(x.values[i]) - of.mean) * of.inverse_std;
+  // What the ring holds, widened element by element: registers. Nothing for threads whose vector
+  // lies behind the row's end.
+  struct Loaded {
+    RowStatistics of;
+    Packed<X, N> x;
+    Packed<T, N> upstream;
+
+    __device__ __forceinline__ float y_grad(int i) const { return element(upstream, i); }
+    __device__ __forceinline__ float normalized(int i) const {
+      return (element(x, i) - of.mean) * of.inverse_std;
     }
+  };
+  __device__ __forceinline__ Loaded load() const {
+    return {of, ring.read<X, N>(slot, Pieces::x), ring.read<T, N>(slot, Pieces::y_grad)};
   }
 
   // Adds to the sums over this row, g * xh and g, and to those over rows, y_grad * xh and y_grad.
   __device__ __forceinline__ void sum(float (&sums)[Layer ? 2 : 1], float (&weight_sums)[N],
                                       float (&bias_sums)[N]) const {
-    float y_grad[N], normalized[N];
-    load(y_grad, normalized);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const float g = weight.at(i) * y_grad[i];
-      weight_sums[i] += y_grad[i] * normalized[i];
-      sums[0] += g * normalized[i];
+    const Loaded in = load();
+    weight.each([&](int i, float w) {
+      const float y_grad = in.y_grad(i), normalized = in.normalized(i);
+      const float g = w * y_grad;
+      weight_sums[i] += y_grad * normalized;
+      sums[0] += g * normalized;
       if constexpr (Layer) {
-        bias_sums[i] += y_grad[i];
+        bias_sums[i] += y_grad;
         sums[1] += g;
       }
-    }
+    });
   }
 
   // x_grad; the residual's gradient joins before the rounding.
-  __device__ __forceinline__ void store(const Backward& args, int64_t index,
-                                        Columns<Form::aligned> at, RowMeans means) const {
-    float y_grad[N], normalized[N], out[1][N];
-    load(y_grad, normalized);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      float g = weight.at(i) * y_grad[i] - normalized[i] * means.product;
-      if constexpr (Layer) g -= means.gradient;
-      out[0][i] = g * means.inverse_std;
-    }
+  __device__ __forceinline__ void store(const Backward& args, uint32_t row,
+                                        Columns<Form::aligned> at,
+                                        const float (&sums)[Layer ? 2 : 1]) const {
+    const Loaded in = load();
+    const RowGradient gradient = row_gradient<Layer>(in.of, sums, args.inverse_cols);
+    float out[1][N];
+    weight.each(
+        [&](int i, float w) { out[0][i] = gradient.value(w, in.y_grad(i), in.normalized(i)); });
     if (args.sum_grad.data != nullptr) {
-      const Packed<X, N> sum_grad = ring.read<X, N>(slot, Pieces::sum_grad);
+      const auto sum_grad = ring.read<X, N>(slot, Pieces::sum_grad);
 #pragma unroll
-      for (int i = 0; i < N; ++i) out[0][i] += to_float(sum_grad.values[i]);
+      for (int i = 0; i < N; ++i) out[0][i] += element(sum_grad, i);
     }
-    store_vectors(row_at<X>(args.x_grad, index), at, out);
+    store_vectors(at_row<X>(args.x_grad, row, args.layout.x_grad, 0), at, out);
   }
 };
 
@@ -168,84 +189,78 @@ __device__ __forceinline__ void store_partial(float* partial, const Backward& ar
 }
 
 // How many of the rows row, row + stride, ... lie below `end`.
-__device__ __forceinline__ int rows_from(int64_t row, int64_t end, int64_t stride) {
+__device__ __forceinline__ int rows_from(int64_t row, int64_t end, int stride) {
   return row < end ? static_cast<int>((end - row - 1) / stride) + 1 : 0;
 }
 
 template <typename Form, typename Tile>
 __global__ void __launch_bounds__(most_threads, 1) backward_kernel(const Backward args) {
   using T = typename Form::T;
-  using Group = RowGroup<Tile::lanes, Tile::cluster>;
   constexpr bool Layer = Form::layer;
-  constexpr int N = vector_size<T>, sum_count = Layer ? 2 : 1;
-  extern __shared__ int4 ring_memory[];
-  __shared__ float scratch[2][2 * Group::post_count(32)];
-  __shared__ ByteBarrier arrived[2];  // across blocks: of either scratch
+  constexpr int N = vector_size<T>, sum_count = Layer ? 2 : 1, L = Tile::lanes;
+  constexpr int most_warps = L == 0 ? most_threads / 32 : 1;  // that exchange sums
+  using Exchange = RowExchange<L, Tile::cluster, sum_count, most_warps>;
+  extern __shared__ __align__(128) int4 ring_memory[];
+  __shared__ typename Exchange::Memory exchange_memory;
   allow_next_launch();
-  if constexpr (Tile::cluster > 1) {
-    if (threadIdx.x < 2) arrived[threadIdx.x].init();
-    cluster_arrive();
-  }
   const Layout& layout = args.layout;
-  const int threads = Tile::lanes == 0 ? layout.threads : Tile::lanes;
+  const int threads = L == 0 ? layout.threads : L;
+  const int groups = Tile::cluster > 1 ? 1 : layout.groups;
+  if constexpr (L == 0) Exchange::init(exchange_memory, groups, threads / 32);
+  if constexpr (Tile::cluster > 1) cluster_arrive();
   const int group = Tile::cluster > 1 ? 0 : static_cast<int>(threadIdx.x) / threads;
   const int thread = static_cast<int>(threadIdx.x) - group * threads;
   const int first = static_cast<int>(cluster_rank()) * threads + thread;  // of the row's vectors
   const Columns<Form::aligned> at = {first * N, threads * N, args.cols};
-  const int groups = Tile::cluster > 1 ? 1 : layout.groups;
-  const int64_t stride = args.chunks * groups, chunk = blockIdx.x / Tile::cluster;
-  int64_t row = chunk * groups + group;
+  const int64_t chunk = blockIdx.x / Tile::cluster;
+  const int stride = static_cast<int>(args.chunks) * groups;
+  uint32_t row = static_cast<uint32_t>(chunk * groups + group);
   int left = rows_from(row, counted_rows(args), stride);  // of this group, from `row` on
 
-  RowRing ring(ring_memory + group * layout.slots * layout.pieces * threads, layout.pieces, threads,
-               thread, layout.slots);
+  char* memory = reinterpret_cast<char*>(ring_memory);
+  const Ring ring(memory, layout.pieces, layout.slots);
+  int slot = 0;
   for (int k = 0; k < layout.slots; ++k) {
-    request_row<Form>(args, ring, row + k * stride, k < left, at.col);
+    request_row<Form>(args, ring, slot, row + k * stride, k < left, at.col);
+    slot = ring.after(slot);
   }
-  const WeightTable<T> weight = {reinterpret_cast<float4*>(ring_memory) + layout.ring_bytes / 16,
-                                 threads, thread};
+  const WeightTable<T> weight = {reinterpret_cast<float4*>(memory + layout.ring_bytes) + thread};
   if (group == 0) weight.fill(args, at);
-  float weight_sums[N] = {}, bias_sums[N] = {}, sums[sum_count] = {};
-  RowStatistics following = {};  // of the next row, loaded a row ahead of its use
-  if (left > 1 && Form::aligned) following = statistics_of<Layer>(args, row + stride);
-  const Group sharing = {nullptr, thread / 32, threads / 32, groups > 1 ? group + 1 : 0};
+  float weight_sums[N] = {}, bias_sums[N] = {};
+  Exchange exchange(exchange_memory, group * threads / 32, threads / 32);
   __syncthreads();
   if constexpr (Tile::cluster > 1) cluster_wait();
-  const auto sum_next = [&](RowStatistics of) {
+  RowStatistics next = {};
+  const auto receive_and_post = [&](int slot, uint32_t turn) {
     ring.receive();
-    const RowTerms<Form> terms = {ring, weight, ring.last(), of};
+    float sums[sum_count] = {};
+    const RowTerms<Form> terms = {ring, weight, slot, next};
     if (at.col < at.cols) terms.sum(sums, weight_sums, bias_sums);
+    exchange.post(sums, turn);
   };
-  if (left > 0) sum_next(statistics_of<Layer>(args, row));
+  if (left > 0) {
+    next = statistics_of<Layer>(args, row);
+    receive_and_post(slot, 0);  // all slots are taken: the first is next again
+  }
   // The first pass over the next row stands between a row's sums and their use: no one waits.
-  for (int turn = 0; left > 0; row += stride, --left, turn = (turn + 1) % 4) {
-    float row_sums[sum_count];
-#pragma unroll
-    for (int k = 0; k < sum_count; ++k) {
-      row_sums[k] = sums[k];
-      sums[k] = 0.0f;
-    }
-    float* slots = scratch[turn % 2] + group * Group::post_count(threads / 32) * sum_count;
-    sharing.post(row_sums, slots, arrived + turn % 2);
-    const int slot = ring.last();
-    if (left > 1) {
-      if (!Form::aligned) following = statistics_of<Layer>(args, row + stride);  // no registers
-      sum_next(following);
-    }
-    // Read again rather than held: registers.
-    const RowTerms<Form> terms = {ring, weight, slot, statistics_of<Layer>(args, row)};
-    if (left > 2 && Form::aligned) following = statistics_of<Layer>(args, row + 2 * stride);
-    sharing.collect(row_sums, slots, arrived + turn % 2, turn / 2);
-    const RowMeans means = means_of<Layer>(row_sums, args.cols, terms.of.inverse_std);
-    if (at.col < at.cols) terms.store(args, row, at, means);
-    request_row<Form>(args, ring, row + layout.slots * stride, left > layout.slots, at.col);
+  for (uint32_t turn = 0; left > 0; row += stride, --left, ++turn) {
+    const RowStatistics current = next;
+    float sums[sum_count];
+    if (left > 1) next = statistics_of<Layer>(args, row + stride);
+    if constexpr (L != 0) exchange.collect(sums, turn);
+    if (left > 1) receive_and_post(ring.after(slot), turn + 1);
+    if constexpr (L == 0) exchange.collect(sums, turn);
+    const RowTerms<Form> terms = {ring, weight, slot, current};
+    if (at.col < at.cols) terms.store(args, row, at, sums);
+    request_row<Form>(args, ring, slot, row + layout.slots * stride, left > layout.slots, at.col);
+    slot = ring.after(slot);
   }
   for (; row < args.rows; row += stride) {
     if (at.col < at.cols) store_zeros<Form::aligned, T>(args.x_grad, row, at.col, args);
   }
-  float* exchange = reinterpret_cast<float*>(ring_memory);
-  store_partial(args.weight_partial, args, chunk, weight_sums, at, exchange);
-  if constexpr (Layer) store_partial(args.bias_partial, args, chunk, bias_sums, at, exchange);
+  float* partial = reinterpret_cast<float*>(ring_memory);
+  store_partial(args.weight_partial, args, chunk, weight_sums, at, partial);
+  if constexpr (Layer) store_partial(args.bias_partial, args, chunk, bias_sums, at, partial);
 }
 
 // --- choice -------------------------------------------------------------------------------------
@@ -266,7 +281,7 @@ Plan plan(int64_t vectors, int capability) {
   if (vectors <= 32) return {Sharing::warp, 32, most_threads / 32, 1};
   if (vectors <= most_threads) {
     const int threads = whole(vectors);
-    return {Sharing::block, threads, std::min(most_groups, most_threads / threads), 1};
+    return {Sharing::block, threads, most_threads / threads, 1};
   }
   if (capability >= 90 && vectors <= 2 * most_threads) {
     return {Sharing::pair, whole(ceil_div(vectors, 2)), 1, 2};
@@ -277,24 +292,40 @@ Plan plan(int64_t vectors, int capability) {
   return {Sharing::walk, 0, 1, 1};
 }
 
+template <typename S>
+uint32_t row_bytes(const Matrix& of) {
+  return static_cast<uint32_t>(of.stride * static_cast<int64_t>(sizeof(S)));
+}
+
 template <typename Form, typename Tile>
 void launch_tile(Backward args, const Plan& plan, Stream stream) {
   using Pieces = RowPieces<Form>;
+  using X = typename Form::X;
   Layout& layout = args.layout;
-  const int block = plan.threads * plan.groups;
-  const int table = plan.threads * Pieces::N * static_cast<int>(sizeof(float));
+  constexpr int table = WeightTable<typename Form::T>::bytes;
   const int limit = stream.capability >= 90 ? shared_limit : shared_limit_80;
-  layout.threads = plan.threads;
-  layout.groups = plan.groups;
-  layout.pieces = Pieces::count(args.sum_grad.data != nullptr);
+  const bool has_sum_grad = args.sum_grad.data != nullptr;
+  layout = {.threads = plan.threads,
+            .groups = plan.groups,
+            .slots = 2,
+            .pieces = Pieces::count(has_sum_grad),
+            .ring_bytes = 0,
+            .x = row_bytes<X>(args.x),
+            .y_grad = row_bytes<typename Form::T>(args.y_grad),
+            .sum_grad = has_sum_grad ? row_bytes<X>(args.sum_grad) : 0,
+            .x_grad = row_bytes<X>(args.x_grad)};
+  const int slot_bytes = Ring::slot_bytes(layout.pieces);
   // Two rows at once for narrow ones, of which a block has many: more ran slower (H100, 1M x 128:
   // 0.93 of a copy, with three 0.90); three for wide ones (16384 x 4096: 0.89, with two 0.84).
-  layout.slots = Tile::lanes != 0 ? 2 : 3;
-  if (layout.slots * layout.pieces * block * 16 + table > limit) layout.slots = 2;
-  layout.ring_bytes = layout.slots * layout.pieces * block * 16;
+  if (Tile::lanes == 0 && 3 * slot_bytes + table <= limit) layout.slots = 3;
+  layout.ring_bytes = layout.slots * slot_bytes;
+  // Float32 beside 16 bits with the residual's gradient outgrows sm_80.
+  const bool wide = args.rows > INT32_MAX || args.x.stride >> 29 != 0 ||
+                    args.y_grad.stride >> 29 != 0 || args.sum_grad.stride >> 29 != 0;
+  if (wide || layout.ring_bytes + table > limit) return launch_long_backward<Form>(args, stream);
   launch(backward_kernel<Form, Tile>,
          {.grid = dim3(args.chunks * Tile::cluster),
-          .block = dim3(block),
+          .block = dim3(plan.threads * plan.groups),
           .shared_bytes = layout.ring_bytes + table,
           .cluster = Tile::cluster,
           .stream = stream},
@@ -362,6 +393,7 @@ void run(const NormBackward& norm, Stream stream) {
                          norm.weight_partial.as<float>(),
                          norm.bias_partial.as<float>(),
                          chunks,
+                         1.0f / static_cast<float>(norm.x.sizes[1]),
                          {}};
   visit_dtype<float, bfloat16, float16>("norm", norm.y_grad.dtype, [&]<typename T>() {
     choose_backward<device_type<T>>(args, norm.x.dtype == DType::float32, norm.norm == Norm::layer,

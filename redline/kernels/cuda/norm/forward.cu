@@ -109,15 +109,13 @@ __device__ __forceinline__ Statistics warp_statistics(const Forward& args, const
                                                       In& in, Columns<Aligned> at) {
   float mean = 0.0f;  // rms: the compiler drops it
   if constexpr (Layer) {
-    float total[1] = {in.total()};
+    const float total = in.total();
     in.forget();
-    group.sum(total, nullptr);
-    mean = total[0] / args.cols;
+    mean = group.sum(total, nullptr) / args.cols;
   }
-  float squares[1] = {in.squares(mean, at)};
+  const float squares = in.squares(mean, at);
   in.forget();
-  group.sum(squares, nullptr);
-  return {mean, inverse_root(squares[0], args)};
+  return {mean, inverse_root(group.sum(squares, nullptr), args)};
 }
 
 // Over warps: each one's squares are around its own mean, and one exchange joins them (Chan, Golub
@@ -182,7 +180,7 @@ __global__ void __launch_bounds__(Tile::most_threads, blocks_per_sm<Form, Tile>)
   const int64_t first_row = int64_t{blockIdx.x / Tile::cluster} * (Tile::groups * R) +
                             static_cast<int>(threadIdx.x) / threads;
   const int64_t counted = counted_rows(args);
-  const Group group = {slots, thread / 32, threads / 32, 0};
+  const Group group = {slots, thread / 32, threads / 32};
 
   RowInput<T, typename Form::X, V> in[R] = {};
 #pragma unroll

@@ -7,27 +7,25 @@
 namespace redline::cuda {
 namespace {
 
-// One vector of a row: g and xh.
+// One vector of a row: y_grad, xh and the weight.
 template <typename Form>
 struct LongTerms {
   using T = typename Form::T;
   using X = typename Form::X;
   static constexpr int N = vector_size<T>;
-  float y_grad[N], normalized[N], g[N];
+  float y_grad[N], normalized[N], weight[1][N];
 
   __device__ __forceinline__ void load(const Backward& args, int64_t row, Columns<Form::aligned> at,
                                        RowStatistics of) {
     Packed<X, N> x[1];
     Packed<T, N> upstream[1];
-    float weight[1][N];
     load_vectors(row_at<const X>(args.x, row), at, x);
     load_vectors(row_at<const T>(args.y_grad, row), at, upstream);
     load_weight<T>(args, at, weight);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      y_grad[i] = to_float(upstream[0].values[i]);  // zero past the row's end
-      normalized[i] = (to_float(x[0].values[i]) - of.mean) * of.inverse_std;
-      g[i] = weight[0][i] * y_grad[i];
+      y_grad[i] = element(upstream[0], i);  // zero past the row's end
+      normalized[i] = (element(x[0], i) - of.mean) * of.inverse_std;
     }
   }
 };
@@ -55,12 +53,13 @@ __global__ void __launch_bounds__(Threads) long_x_grad_kernel(const Backward arg
     terms.load(args, row, at(col), statistics);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      sums[0] += terms.g[i] * terms.normalized[i];
-      if constexpr (Layer) sums[1] += terms.g[i];
+      const float g = terms.weight[0][i] * terms.y_grad[i];
+      sums[0] += g * terms.normalized[i];
+      if constexpr (Layer) sums[1] += g;
     }
   }
   block_sum<Threads>(sums, scratch);
-  const RowMeans means = means_of<Layer>(sums, args.cols, statistics.inverse_std);
+  const RowGradient gradient = row_gradient<Layer>(statistics, sums, args.inverse_cols);
   for (int col = first; col < args.cols; col += step) {
     terms.load(args, row, at(col), statistics);
     Packed<X, N> sum_grad[1] = {};
@@ -70,10 +69,8 @@ __global__ void __launch_bounds__(Threads) long_x_grad_kernel(const Backward arg
     float out[1][N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      float g = terms.g[i] - terms.normalized[i] * means.product;
-      if constexpr (Layer) g -= means.gradient;
-      out[0][i] = g * means.inverse_std;
-      if (args.sum_grad.data != nullptr) out[0][i] += to_float(sum_grad[0].values[i]);
+      out[0][i] = gradient.value(terms.weight[0][i], terms.y_grad[i], terms.normalized[i]);
+      if (args.sum_grad.data != nullptr) out[0][i] += element(sum_grad[0], i);
     }
     store_vectors(row_at<X>(args.x_grad, row), at(col), out);
   }

@@ -12,6 +12,8 @@ struct Layout {
   int slots;            // rows of a group on their way or in use
   int pieces;           // of 16 bytes, per thread and row
   int ring_bytes;       // of all groups
+  // From row to row, in bytes: one multiplication of 32 bits gives an address.
+  uint32_t x, y_grad, sum_grad, x_grad;
 };
 
 struct Backward : Common {
@@ -19,12 +21,8 @@ struct Backward : Common {
   float* weight_partial;
   float* bias_partial;
   int64_t chunks;
+  float inverse_cols;
   Layout layout;
-};
-
-// r, mean(g) and mean(g * xh) of a row, with g = y_grad * w and xh = (x - mean) * r.
-struct RowMeans {
-  float inverse_std, gradient, product;
 };
 
 struct RowStatistics {
@@ -36,12 +34,23 @@ __device__ __forceinline__ RowStatistics statistics_of(const Backward& args, int
   return {Layer ? args.mean[row] : 0.0f, args.inverse_std[row]};
 }
 
+// x_grad of a row: r * (g - mean(g) - xh * mean(g * xh)), with g = y_grad * w and
+// xh = (x - mean) * r.
+struct RowGradient {
+  RowStatistics of;
+  float product, gradient;  // mean(g * xh), mean(g)
+
+  __device__ __forceinline__ float value(float weight, float y_grad, float normalized) const {
+    return (weight * y_grad - (normalized * product + gradient)) * of.inverse_std;
+  }
+};
+
 // From the sums of g * xh and, for layer, g.
 template <bool Layer>
-__device__ __forceinline__ RowMeans means_of(const float (&sums)[Layer ? 2 : 1], int cols,
-                                             float inverse_std) {
-  const float count = static_cast<float>(cols);
-  return {inverse_std, Layer ? sums[Layer ? 1 : 0] / count : 0.0f, sums[0] / count};
+__device__ __forceinline__ RowGradient row_gradient(RowStatistics of,
+                                                    const float (&sums)[Layer ? 2 : 1],
+                                                    float inverse_cols) {
+  return {of, sums[0] * inverse_cols, Layer ? sums[Layer ? 1 : 0] * inverse_cols : 0.0f};
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ struct RowInput {
   static constexpr int N = vector_size<T>;
   Packed<Held, N> held[V];
 
-  __device__ __forceinline__ float value(int v, int i) const { return to_float(held[v].values[i]); }
+  __device__ __forceinline__ float value(int v, int i) const { return element(held[v], i); }
 
   // x, or the rounded x + residual, which is stored on the way.
   __device__ __forceinline__ void load(const Forward& args, int64_t row, Columns<true> at) {
@@ -31,7 +31,7 @@ struct RowInput {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) sum[v][i] = to_float(x[v].values[i]) + value(v, i);
+      for (int i = 0; i < N; ++i) sum[v][i] = element(x[v], i) + value(v, i);
       held[v] = pack<Held>(sum[v]);
     }
     store_vectors(static_cast<Held*>(args.sum.data) + row * args.sum.stride, at, sum);

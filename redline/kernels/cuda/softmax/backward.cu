@@ -20,7 +20,7 @@ template <typename T>
 __device__ __forceinline__ float dot(const Packed<T>& g, const Packed<T>& p) {
   float result = 0.0f;
 #pragma unroll
-  for (int i = 0; i < vector_size<T>; ++i) result += to_float(g.values[i]) * to_float(p.values[i]);
+  for (int i = 0; i < vector_size<T>; ++i) result += element(g, i) * element(p, i);
   return result;
 }
 
@@ -30,7 +30,7 @@ __device__ __forceinline__ Packed<T> scores_gradient(const Packed<T>& g, const P
   float x[vector_size<T>];
 #pragma unroll
   for (int i = 0; i < vector_size<T>; ++i) {
-    x[i] = scale * to_float(p.values[i]) * (to_float(g.values[i]) - dot);
+    x[i] = scale * element(p, i) * (element(g, i) - dot);
   }
   return pack<T>(x);
 }
@@ -50,21 +50,21 @@ __global__ void __launch_bounds__(RowThreads<Lanes>::most_threads,
   Packed<T> g[V], p[V];
   load_vectors(gradients, at, g);
   load_vectors(from, at, p);
-  float sum[1] = {};
+  float sum = 0.0f;
 #pragma unroll
-  for (int v = 0; v < V; ++v) sum[0] += dot(g[v], p[v]);
+  for (int v = 0; v < V; ++v) sum += dot(g[v], p[v]);
   forget_wide(g);
   forget_wide(p);
-  own.group.sum(sum, slots);
+  sum = own.group.sum(sum, slots);
   if (own.row >= args.rows) return;
   if (args.sink_probability != nullptr && own.thread == 0) {
-    args.sink_rows[row] = -sum[0] * args.sink_probability[row];
+    args.sink_rows[row] = -sum * args.sink_probability[row];
   }
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     const int col = at.col + v * at.step;
     if (col >= at.cols) continue;
-    store(out, Place<Aligned>{0, col, at.cols}, scores_gradient(g[v], p[v], args.scale, sum[0]));
+    store(out, Place<Aligned>{0, col, at.cols}, scores_gradient(g[v], p[v], args.scale, sum));
   }
 }
 
@@ -78,19 +78,19 @@ __global__ void __launch_bounds__(512) long_backward_kernel(const BackwardArgs a
   const T* from = static_cast<const T*>(args.probabilities) + own.row * args.probabilities_stride;
   T* out = static_cast<T*>(args.scores_grad) + own.row * args.stride;
   const Columns<Aligned> at = {own.thread * N, own.threads * N, args.cols};
-  float sum[1] = {};
+  float sum = 0.0f;
   for (int col = at.col; col < at.cols; col += at.step) {
     const Place<Aligned> place = {0, col, at.cols};
-    sum[0] += dot(load(gradients, place), load(from, place));
+    sum += dot(load(gradients, place), load(from, place));
   }
-  own.group.sum(sum, slots);
+  sum = own.group.sum(sum, slots);
   if (args.sink_probability != nullptr && own.thread == 0) {
-    args.sink_rows[own.row] = -sum[0] * args.sink_probability[own.row];
+    args.sink_rows[own.row] = -sum * args.sink_probability[own.row];
   }
   for (int col = at.col; col < at.cols; col += at.step) {
     const Place<Aligned> place = {0, col, at.cols};
     const Packed<T> g = load(gradients, place), p = load(from, place);
-    store(out, place, scores_gradient(g, p, args.scale, sum[0]));
+    store(out, place, scores_gradient(g, p, args.scale, sum));
   }
 }
 

@@ -127,9 +127,8 @@ __device__ __forceinline__ Normaliser normaliser(const ForwardArgs& args,
   const float sink = args.sink == nullptr ? negative_infinity() : args.sink[head] * E::unit;
   const float top = fmaxf(group_max(own.group, running.maximum, own.group.slots), sink);
   const float origin = origin_of(top);
-  float sum[1] = {running.total * E::above(running.maximum, origin)};
-  own.group.sum(sum, own.group.slots + 32);
-  const float whole = sum[0] + E::above(sink, origin);
+  const float total = running.total * E::above(running.maximum, origin);
+  const float whole = own.group.sum(total, own.group.slots + 32) + E::above(sink, origin);
   const float inverse_sum = whole == 0.0f ? 0.0f : 1.0f / whole;
   if (args.sink != nullptr && own.thread == 0 && own.row < args.rows) {
     args.sink_probability[own.row] = E::above(sink, origin) * inverse_sum;
@@ -143,7 +142,7 @@ __device__ __forceinline__ Packed<T> probabilities(const Packed<T>& scores, cons
   float p[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    p[i] = Exponent<T>::power(to_float(scores.values[i]), by.factor, by.origin) * by.inverse_sum;
+    p[i] = Exponent<T>::power(element(scores, i), by.factor, by.origin) * by.inverse_sum;
   }
   return pack<T>(p);
 }
@@ -159,7 +158,7 @@ __device__ __forceinline__ void add_exponentials(Packed<T> (&held)[V], const Row
   for (int v = 0; v < V; ++v) {
     if (!row.touches(at.col + v * at.step, N)) continue;
 #pragma unroll
-    for (int i = 0; i < N; ++i) larger = fmaxf(larger, to_float(held[v].values[i]) * factor);
+    for (int i = 0; i < N; ++i) larger = fmaxf(larger, element(held[v], i) * factor);
   }
   forget_wide(held);
   const float origin = origin_of(larger);
@@ -170,7 +169,7 @@ __device__ __forceinline__ void add_exponentials(Packed<T> (&held)[V], const Row
     if (!row.touches(at.col + v * at.step, N)) continue;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      running.total += Exponent<T>::power(to_float(held[v].values[i]), factor, origin);
+      running.total += Exponent<T>::power(element(held[v], i), factor, origin);
     }
   }
   forget_wide(held);

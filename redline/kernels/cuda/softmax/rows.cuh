@@ -51,7 +51,7 @@ struct RowThreads {
     threads = Lanes == 0 ? static_cast<int>(blockDim.x) : Lanes;
     thread = static_cast<int>(threadIdx.x) % threads;
     row = block_row() * rows + static_cast<int>(threadIdx.x) / threads;
-    group = {slots, thread / 32, threads / 32, 0};
+    group = {slots, thread / 32, threads / 32};
   }
 };
 
