@@ -24,17 +24,37 @@ REDLINE_INLINE Float64s each_lane(Float64s x, Function function) {
   return x;
 }
 
+#if defined(__AVX512F__)
+// A vector comparison and a blend, and 2^n by integers, are 13 instructions where these are four.
+// The forms without a mask draw a warning inside g++ 12's own header.
+REDLINE_INLINE Float32s clamp(Float32s x, float low, float high) {  // NaN stays NaN
+  const __m512 raised = _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(low), x);
+  return _mm512_maskz_min_ps(0xffff, _mm512_set1_ps(high), raised);
+}
+// p 2^n, rounded once; n holds integers.
+REDLINE_INLINE Float32s scale_by_power(Float32s p, Float32s n) {
+  return _mm512_maskz_scalef_ps(0xffff, p, n);
+}
+#else
+REDLINE_INLINE Float32s clamp(Float32s x, float low, float high) {
+  x = select(x < low, broadcast(low), x);
+  return select(x > high, broadcast(high), x);
+}
 // 2^n for integers n of [-126, 127].
 REDLINE_INLINE Float32s power_of_two(Int32s n) {
   return reinterpret_cast<Float32s>((n + 127) << 23);
 }
+// In two factors, so that subnormal results and the step to infinity come out right.
+REDLINE_INLINE Float32s scale_by_power(Float32s p, Float32s n) {
+  const Int32s whole = __builtin_convertvector(n, Int32s);
+  const Int32s half = whole >> 1;
+  return p * power_of_two(half) * power_of_two(whole - half);
+}
+#endif
 
-// e^x = 2^n e^r with |r| <= ln(2) / 2; the polynomial is Cephes' (S. Moshier, expf). 2^n goes in
-// two factors so that subnormal results and the step to infinity come out right.
+// e^x = 2^n e^r with |r| <= ln(2) / 2; the polynomial is Cephes' (S. Moshier, expf).
 REDLINE_INLINE Float32s exp(Float32s x) {
-  const Float32s low = broadcast(-104.0f), high = broadcast(89.0f);
-  x = select(x < low, low, x);
-  x = select(x > high, high, x);
+  x = clamp(x, -104.0f, 89.0f);
   const Float32s magic = broadcast(0x1.8p23f);  // adding it rounds to an integer
   const Float32s n = (x * 1.44269504088896341f + magic) - magic;
   const Float32s r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -45,9 +65,7 @@ REDLINE_INLINE Float32s exp(Float32s x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const Int32s whole = __builtin_convertvector(n, Int32s);
-  const Int32s half = whole >> 1;
-  return p * power_of_two(half) * power_of_two(whole - half);
+  return scale_by_power(p, n);
 }
 REDLINE_INLINE Float64s exp(Float64s x) {
   return each_lane(x, [](double v) { return ::exp(v); });
