@@ -22,10 +22,10 @@ void forward_elements(const BiasDropoutAddForward& args, Range elements) {
                              : nullptr;
     RowWriter<Acc> y(args.y, row, col, y_block);
     for_vectors<Acc>(count, [&](int i, int n) {
-      Vector<Acc> v = load(x + i, n);
+      Vector<Acc> v = load_ahead(x + i, n);
       if (bias) v += load(bias + i, n);
       if (factors) v = drop<Acc>(v, load(factors + i, n));
-      store(y.values + i, load(residual + i, n) + v, n);
+      store_ahead(y.values + i, load_ahead(residual + i, n) + v, n);
     });
     y.finish(count);
   });
@@ -61,9 +61,9 @@ void backward_elements(const BiasDropoutAddBackward& args, int64_t chunk, Range 
     Acc* sums = bias_sums ? bias_sums + col : nullptr;
     RowWriter<Acc> x_grad(args.x_grad, row, col, x_grad_block);
     for_vectors<Acc>(count, [&](int i, int n) {
-      Vector<Acc> v = load(y_grad + i, n);
+      Vector<Acc> v = load_ahead(y_grad + i, n);
       if (factors) v = drop<Acc>(v, load(factors + i, n));
-      store(x_grad.values + i, v, n);
+      store_ahead(x_grad.values + i, v, n);
       if (sums) add_to(sums + i, v, n);
     });
     x_grad.finish(count);

@@ -19,12 +19,18 @@ struct Block {
 
 template <typename Half>
 void widen_block(const Half* from, float* to, int count) {
-  for_vectors<float>(count, [&](int i, int n) { store(to + i, load_half(from + i, n), n); });
+  for_vectors<float>(count, [&](int i, int n) {
+    prefetch(from + i);
+    store(to + i, load_half(from + i, n), n);
+  });
 }
 
 template <typename Half>
 void narrow_block(const float* from, Half* to, int count) {
-  for_vectors<float>(count, [&](int i, int n) { store_half(to + i, load(from + i, n), n); });
+  for_vectors<float>(count, [&](int i, int n) {
+    prefetch(to + i);
+    store_half(to + i, load(from + i, n), n);
+  });
 }
 
 // Elements [offset, offset + count) of `data`, count <= block_size, as Acc: in place or in `block`.

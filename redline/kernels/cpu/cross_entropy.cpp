@@ -107,7 +107,7 @@ RowGradient<Acc> row_gradient(const CrossEntropyGradient& args, int64_t row, boo
 template <typename Acc>
 void write_gradient(const RowGradient<Acc>& row, const Acc* x, Acc* out, int count) {
   for_vectors<Acc>(count, [&](int i, int n) {
-    store(out + i, exp(load(x + i, n) - row.maximum) * row.scale - row.shift, n);
+    store_ahead(out + i, exp(load_ahead(x + i, n) - row.maximum) * row.scale - row.shift, n);
   });
 }
 

@@ -35,6 +35,7 @@ using arithmetic = typename Arithmetic<T>::type;
 
 template <typename T>
 REDLINE_INLINE Vector<arithmetic<T>> load_wide(const T* from, int n) {
+  prefetch(from);
   if constexpr (sizeof(T) == 2) {
     return load_half(from, n);
   } else {
@@ -43,6 +44,7 @@ REDLINE_INLINE Vector<arithmetic<T>> load_wide(const T* from, int n) {
 }
 template <typename T>
 REDLINE_INLINE void store_narrow(T* to, Vector<arithmetic<T>> v, int n) {
+  prefetch(to);
   if constexpr (sizeof(T) == 2) {
     store_half(to, v, n);
   } else {

@@ -13,6 +13,7 @@ using NarrowFloat32s __attribute__((vector_size(vector_bytes / 2))) = float;
 
 // As many float32 as there are float64 lanes, widened; zeros behind `count`.
 REDLINE_INLINE Float64s load_wide(const float* from, int count) {
+  prefetch(from);
   NarrowFloat32s v{};
   memcpy(&v, from, count == lanes<double> ? sizeof(v) : static_cast<size_t>(count) * 4);
   return __builtin_convertvector(v, Float64s);

@@ -49,8 +49,9 @@ void add_row(const NormForward& args, int64_t row) {
     const Acc* b = residual(col, count);
     const int64_t offset = row * args.sum.strides[0] + col;
     Acc* out = begin_write(args.sum.data, args.sum.dtype, offset, sum_block);
-    for_vectors<Acc>(count,
-                     [&](int i, int n) { store(out + i, load(a + i, n) + load(b + i, n), n); });
+    for_vectors<Acc>(count, [&](int i, int n) {
+      store_ahead(out + i, load_ahead(a + i, n) + load_ahead(b + i, n), n);
+    });
     finish_write(args.sum.data, args.sum.dtype, offset, count, sum_block);
   });
 }
@@ -74,7 +75,7 @@ Statistics<Acc> row_statistics(RowReader<Acc>& x, int64_t cols, Norm norm, doubl
   if (norm == Norm::layer) {
     for_blocks(cols, [&](int64_t col, int count) {
       const Acc* values = x(col, count);
-      mean += sum<Acc>(count, [&](int i, int n) { return load(values + i, n); });
+      mean += sum<Acc>(count, [&](int i, int n) { return load_ahead(values + i, n); });
     });
     mean /= static_cast<Acc>(cols);
   }
@@ -82,7 +83,7 @@ Statistics<Acc> row_statistics(RowReader<Acc>& x, int64_t cols, Norm norm, doubl
   for_blocks(cols, [&](int64_t col, int count) {
     const Acc* values = x(col, count);
     squares += sum<Acc>(count, [&](int i, int n) {
-      const Vector<Acc> centered = first<Acc>(load(values + i, n) - mean, n);
+      const Vector<Acc> centered = first<Acc>(load_ahead(values + i, n) - mean, n);
       return centered * centered;
     });
   });
@@ -117,7 +118,7 @@ void forward_rows(const NormForward& args, Range rows) {
       Acc* out = begin_write(args.y.data, args.y.dtype, offset, y_block);
       for_vectors<Acc>(count, [&](int i, int n) {
         const Vector<Acc> normalized = (load(values + i, n) - found.mean) * found.inverse_std;
-        store(out + i, normalized * affine.scale(i, n) + affine.shift(i, n), n);
+        store_ahead(out + i, normalized * affine.scale(i, n) + affine.shift(i, n), n);
       });
       finish_write(args.y.data, args.y.dtype, offset, count, y_block);
     });
@@ -161,9 +162,9 @@ RowMeans<Acc> accumulate_block(const BackwardRow<Acc>& at, int count, Statistics
   constexpr int n = lanes<Acc>;
   Vector<Acc> gradient_a{}, gradient_b{}, product_a{}, product_b{};
   const auto add = [&](int i, int n, Vector<Acc>& gradients, Vector<Acc>& products) {
-    const Vector<Acc> y_grad = load(at.y_grad + i, n);
+    const Vector<Acc> y_grad = load_ahead(at.y_grad + i, n);
     const Vector<Acc> product =
-        first<Acc>(y_grad * (load(at.x + i, n) - row.mean) * row.inverse_std, n);
+        first<Acc>(y_grad * (load_ahead(at.x + i, n) - row.mean) * row.inverse_std, n);
     const Vector<Acc> scale = at.affine.scale(i, n);
     if (weight_sums) store(weight_sums + i, load(weight_sums + i, n) + product, n);
     if (bias_sums) store(bias_sums + i, load(bias_sums + i, n) + y_grad, n);
@@ -213,8 +214,8 @@ void write_x_grad(BackwardRow<Acc>& at, RowMeans<Acc> means, Acc mean, Acc inver
       const Vector<Acc> g = load(at.y_grad + i, n) * at.affine.scale(i, n);
       const Vector<Acc> normalized = (load(at.x + i, n) - mean) * inverse_std;
       Vector<Acc> result = inverse_std * (g - normalized * means.product - gradient_mean);
-      if (sum_grad) result += load(sum_grad + i, n);
-      store(out + i, result, n);
+      if (sum_grad) result += load_ahead(sum_grad + i, n);
+      store_ahead(out + i, result, n);
     });
     finish_write(args.x_grad.data, args.x_grad.dtype, offset, count, at.x_grad_block);
   });

@@ -50,7 +50,7 @@ struct RunningSum {
 // Adds one block. While every value is -inf the sum stays 0.
 template <typename Acc>
 REDLINE_INLINE void add_block(RunningSum<Acc>& row, const Acc* x, int count) {
-  const Acc maximum = largest<Acc>(count, [&](int i, int n) { return load(x + i, n); });
+  const Acc maximum = largest<Acc>(count, [&](int i, int n) { return load_ahead(x + i, n); });
   if (maximum > row.maximum) {
     if (row.exponentials != 0) {
       row.exponentials *= exp(broadcast<Acc>(row.maximum - maximum))[0];

@@ -86,7 +86,8 @@ RunningSum<Acc> add_exponentials(ScoreReader<Acc>& scores, Range keys, Acc sink,
   const Acc multiplier = scores.multiplier();
   for_key_blocks(keys, [&](int64_t col, int count) {
     const Acc* x = scores(col, count);
-    const Acc top = largest<Acc>(count, [&](int i, int n) { return load(x + i, n) * multiplier; });
+    const Acc top =
+        largest<Acc>(count, [&](int i, int n) { return load_ahead(x + i, n) * multiplier; });
     if (top > found.maximum) found.maximum = top;
   });
   if (found.maximum == -infinity<Acc>) found.maximum = 0;
@@ -94,7 +95,7 @@ RunningSum<Acc> add_exponentials(ScoreReader<Acc>& scores, Range keys, Acc sink,
     const Acc* x = scores(col, count);
     found.exponentials += sum<Acc>(count, [&](int i, int n) {
       const Vector<Acc> e = exp(load(x + i, n) * multiplier - found.maximum);
-      if (place) store(place + (col - keys.begin) + i, e, n);
+      if (place) store_ahead(place + (col - keys.begin) + i, e, n);
       return fill_tail<Acc>(e, n, 0);
     });
   });
@@ -162,7 +163,8 @@ void backward_rows(const SoftmaxBackward& args, Range rows) {
     for_blocks(cols, [&](int64_t col, int count) {
       const Acc* g = gradients(col, count);
       const Acc* p = probabilities(col, count);
-      dot += sum<Acc>(count, [&](int i, int n) { return load(g + i, n) * load(p + i, n); });
+      dot += sum<Acc>(count,
+                      [&](int i, int n) { return load_ahead(g + i, n) * load_ahead(p + i, n); });
     });
     if (args.sink_probability) {
       args.sink_rows.as<Acc>()[row] = -dot * args.sink_probability.as<const Acc>()[row];
@@ -173,7 +175,7 @@ void backward_rows(const SoftmaxBackward& args, Range rows) {
       const int64_t offset = row * out.strides[0] + col;
       Acc* to = begin_write(out.data, out.dtype, offset, out_block);
       for_vectors<Acc>(count, [&](int i, int n) {
-        store(to + i, scale * load(p + i, n) * (load(g + i, n) - dot), n);
+        store_ahead(to + i, scale * load(p + i, n) * (load(g + i, n) - dot), n);
       });
       finish_write(out.data, out.dtype, offset, count, out_block);
     });

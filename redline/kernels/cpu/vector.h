@@ -30,6 +30,10 @@ constexpr int vector_bytes = 32;
 constexpr int vector_bytes = 16;
 #endif
 
+// How far ahead a walk asks for memory. On a Xeon two threads copy 16 MB in 1.29 ms without these
+// hints and in 0.59 with them, at any distance from 1 to 8 KB (docs/cpu.md).
+constexpr int prefetch_bytes = 2048;
+
 using Float32s __attribute__((vector_size(vector_bytes))) = float;
 using Int32s __attribute__((vector_size(vector_bytes))) = int32_t;
 using UInt32s __attribute__((vector_size(vector_bytes))) = uint32_t;
@@ -71,6 +75,23 @@ REDLINE_INLINE Vector<T> load(const T* from, int count = lanes<T>) {
 template <typename T>
 REDLINE_INLINE void store(T* to, Vector<T> v, int count = lanes<T>) {
   memcpy(to, &v, count == lanes<T> ? sizeof(v) : static_cast<size_t>(count) * sizeof(T));
+}
+
+// Asks for the line that a walk through memory, now at `address`, reaches soon.
+REDLINE_INLINE void prefetch(const void* address) {
+  __builtin_prefetch(static_cast<const char*>(address) + prefetch_bytes);
+}
+
+// load() and store() of memory that is walked from end to end and not in cache.
+template <typename T>
+REDLINE_INLINE Vector<T> load_ahead(const T* from, int count) {
+  prefetch(from);
+  return load(from, count);
+}
+template <typename T>
+REDLINE_INLINE void store_ahead(T* to, Vector<T> v, int count) {
+  prefetch(to);
+  store(to, v, count);
 }
 
 // Calls body(offset, count) for each vector of [0, count); count < lanes in the last call alone.
