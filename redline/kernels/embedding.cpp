@@ -23,6 +23,16 @@ int64_t token_at(const TensorView& tokens, int64_t i) {
                                       : tokens.as<const int32_t>()[i];
 }
 
+// Without a branch per token: a negative one is a large unsigned number.
+template <typename Token>
+bool all_inside(const Token* tokens, int64_t count, int64_t vocabulary) {
+  bool outside = false;
+  for (int64_t i = 0; i < count; ++i) {
+    outside |= static_cast<uint64_t>(int64_t{tokens[i]}) >= static_cast<uint64_t>(vocabulary);
+  }
+  return !outside;
+}
+
 const cpu::EmbeddingKernels& kernels() {
   return cpu::choose(cpu::baseline::embedding_kernels, cpu::avx2::embedding_kernels,
                      cpu::avx512::embedding_kernels);
@@ -60,7 +70,11 @@ void check(const EmbeddingBackward& args) {
 }
 
 void check_tokens(const TensorView& tokens, int64_t vocabulary) {
-  for (int64_t i = 0; i < tokens.sizes[0]; ++i) {
+  const int64_t count = tokens.sizes[0];
+  const bool inside = tokens.dtype == DType::int64
+                          ? all_inside(tokens.as<const int64_t>(), count, vocabulary)
+                          : all_inside(tokens.as<const int32_t>(), count, vocabulary);
+  for (int64_t i = 0; !inside && i < count; ++i) {
     const int64_t token = token_at(tokens, i);
     REDLINE_CHECK(token >= 0 && token < vocabulary, "embedding: tokens: expected 0 to ",
                   vocabulary - 1, ", not ", token);

@@ -159,16 +159,20 @@ void check_padding(const Tensor& weight, std::optional<int64_t> padding_idx) {
   if (vocabulary) padding_row(padding_idx, *vocabulary);
 }
 
+// Through the dispatcher, so that tracing sees the inner op.
+Tensor call_forward(const Tensor& tokens, const Tensor& weight) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  static const auto op = find_op<decltype(embedding_forward)>("redline::embedding_forward");
+  return op.call(tokens, weight);
+}
+
 struct EmbeddingFunction : public torch::autograd::Function<EmbeddingFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& weight, const Tensor& tokens,
                         std::optional<int64_t> padding_idx) {
-    const at::AutoDispatchBelowADInplaceOrView below;
     ctx->save_for_backward({tokens});
     ctx->saved_data["vocabulary"] = weight.sym_size(0);
     ctx->saved_data["padding_idx"] = padding_idx;
-    // Through the dispatcher, so that tracing sees the inner op.
-    static const auto op = find_op<decltype(embedding_forward)>("redline::embedding_forward");
-    return op.call(tokens, weight);
+    return call_forward(tokens, weight);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -182,6 +186,11 @@ struct EmbeddingFunction : public torch::autograd::Function<EmbeddingFunction> {
 Tensor differentiable(const Tensor& tokens, const Tensor& weight,
                       std::optional<int64_t> padding_idx) {
   check_padding(weight, padding_idx);
+  // A node that no derivative needs costs 0.7 us, a tenth of a lookup of 256 tokens. A forward-mode
+  // derivative needs one, which refuses it.
+  const bool has_node =
+      (at::GradMode::is_enabled() && weight.requires_grad()) || weight._fw_grad(0).defined();
+  if (!has_node) return call_forward(tokens, weight);
   return EmbeddingFunction::apply(weight, tokens, padding_idx);
 }
 
