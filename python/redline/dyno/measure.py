@@ -63,7 +63,10 @@ def _round(variants: dict[str, Callable], device: torch.device, turn: int) -> di
     clock = _cuda_us if device.type == "cuda" else _cpu_us
     names = list(variants)
     shift = turn % len(names)
-    return {name: clock(variants[name]) for name in names[shift:] + names[:shift]}
+    order = names[shift:] + names[:shift]
+    if turn // len(names) % 2:  # who runs finds what the one before left in the caches
+        order.reverse()
+    return {name: clock(variants[name]) for name in order}
 
 
 def _cpu_us(call: Callable[[], object]) -> float:
