@@ -1,15 +1,17 @@
 """Times an op against its floor and its rivals, the same way for all ops.
 
-    PYTHONPATH=python python bench/bench.py [OP ...] [--json FILE] [--markdown FILE]
+    PYTHONPATH=python python bench/bench.py [OP ...] [--rivals] [--json FILE] [--markdown FILE]
     PYTHONPATH=python python bench/bench.py compare BEFORE.json AFTER.json
+    PYTHONPATH=python python bench/bench.py plot RESULT.json [PICTURE.svg]
 
 Each ``bench_<op>.py`` states cases, the call, the fewest bytes it must move and its baselines.
 Here: fresh random data in several input sets that together exceed the last cache, CUDA graphs of
 many launches (CPU: single calls), variants interleaved, median and spread; the floor is a copy of
-the same number of bytes in the same run.
+the same number of bytes in the same run. A variant is timed only if its result is ours.
 """
 
 import argparse
+import contextlib
 import datetime
 import functools
 import importlib
@@ -17,6 +19,7 @@ import itertools
 import json
 import pathlib
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -26,15 +29,20 @@ from dataclasses import dataclass, field, replace
 import torch
 
 HERE = pathlib.Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
+sys.path[:0] = [str(HERE)]
 
-REPEATS = 12  # of each variant; three variants have six orders
+import report  # noqa: E402  (beside this file)
+import rivals  # noqa: E402
+
+REPEATS = 9
+TOLERANCE = {"f32": 1e-4, "bf16": 2e-2}  # of two results of one case; a wrong one is 1 apart
 
 
 @dataclass
 class Case:
-    """One row of the table. `calls` maps a variant ("redline", "eager", "compile") to a function
-    of one input set; `make` draws an input set; `bytes` is what the op cannot avoid moving."""
+    """One row of the table. `calls` maps a variant ("redline", "eager", "compile", a rival) to a
+    function of one input set; `make` draws an input set; `bytes` is what the op cannot avoid
+    moving; `random`: two calls differ, so that results cannot be compared."""
 
     name: str
     direction: str
@@ -44,7 +52,9 @@ class Case:
     make: Callable[[], tuple]
     calls: dict[str, Callable]
     flops: float = 0
+    random: bool = False
     times: dict[str, tuple[float, float]] = field(default_factory=dict)  # variant: (us, spread)
+    not_timed: dict[str, str] = field(default_factory=dict)  # variant: reason
 
 
 def both_directions(case, forwards, parameters=(), outputs=1):
@@ -78,21 +88,28 @@ def both_directions(case, forwards, parameters=(), outputs=1):
             make=functools.partial(make, direction == "bwd"),
             calls=calls,
             times={},
+            not_timed={},
         )
 
 
 def input_sets(case, device):
-    """Enough sets to exceed the cache (60 MB of L2 on an H200, 32 MB assumed for a CPU)."""
+    """Enough sets to exceed the cache (60 MB of L2 on an H200, 32 MB assumed for a CPU); one where
+    it is many caches long by itself."""
     cache = 128e6 if device == "cuda" else 64e6
+    if case.bytes > 32 * cache:
+        return [case.make()]
     return [case.make() for _ in range(int(min(8, max(2, cache // max(case.bytes, 1) + 1))))]
 
 
-def graph_of(call, sets):
-    """One CUDA graph that runs the call on every set; outputs are freed inside the graph's pool.
+@functools.cache
+def side_stream():
+    """Results, warm-up and capture share a stream: autograd runs a backward on its forward's."""
+    return torch.cuda.Stream()
 
-    Warm-up and capture share a stream: autograd runs a backward on its forward's stream.
-    """
-    stream = torch.cuda.Stream()
+
+def graph_of(call, sets):
+    """One CUDA graph that runs the call on every set; outputs are freed inside the graph's pool."""
+    stream = side_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for inputs in sets + sets[:1]:
@@ -105,14 +122,15 @@ def graph_of(call, sets):
     return graph
 
 
-def cuda_timer(call, sets, target_us=20000.0):
-    graph = graph_of(call, sets)
+def cuda_timer(call, sets, captured=True, target_us=20000.0):
+    """Not captured: calls one after the other, the host's time hidden only by long kernels."""
+    replay = graph_of(call, sets).replay if captured else lambda: [call(*each) for each in sets]
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def once(replays):
         begin.record()
         for _ in range(replays):
-            graph.replay()
+            replay()
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) * 1e3 / (replays * len(sets))
@@ -121,24 +139,19 @@ def cuda_timer(call, sets, target_us=20000.0):
     return lambda: once(replays)
 
 
-def cpu_timer(call, sets, turns):
-    """`turns` cycles through the sets for all variants: the one before left another in cache."""
-    for inputs in sets:
-        call(*inputs)
+def cpu_timer(call, sets, captured=False):
+    state = {"next": 0}
 
     def once():
-        inputs = next(turns)
+        inputs = sets[state["next"] % len(sets)]
+        state["next"] += 1
         begin = time.perf_counter()
         call(*inputs)
         return (time.perf_counter() - begin) * 1e6
 
+    for _ in sets:
+        once()
     return once
-
-
-def timer_for(device, sets):
-    if device == "cuda":
-        return functools.partial(cuda_timer, sets=sets)
-    return functools.partial(cpu_timer, sets=sets, turns=itertools.cycle(sets))
 
 
 def copy_call(device, size, pairs=1):
@@ -157,24 +170,76 @@ def copy_call(device, size, pairs=1):
     return call
 
 
+def results_of(call, inputs, device):
+    """Copies of what a call gives: the next may write over them."""
+    cuda = device == "cuda"
+    if cuda:
+        side_stream().wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side_stream()) if cuda else contextlib.nullcontext():
+        given = call(*inputs)
+        given = given if isinstance(given, (tuple, list)) else (given,)
+        results = [tensor.detach().clone() for tensor in given if tensor is not None]
+    if cuda:
+        torch.cuda.synchronize()
+    return results
+
+
+def difference(ours, theirs, tolerance):
+    """Why two results are not the same one, or None. Norms find what every element has, the largest
+    element what few have; in pieces, for logits of gigabytes."""
+    if [x.shape for x in ours] != [x.shape for x in theirs]:
+        return f"gives {[tuple(x.shape) for x in theirs]}, not {[tuple(x.shape) for x in ours]}"
+    for number, (expected, got) in enumerate(zip(ours, theirs)):
+        squares, tops = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+        for x, y in zip(expected.flatten().split(2**26), got.flatten().split(2**26)):
+            if not y.isfinite().all() and x.isfinite().all():
+                return f"result {number} is not finite"
+            for i, part in enumerate((y.float() - x.float(), x.float())):
+                squares[i] += part.square().sum(dtype=torch.float64).cpu()
+                tops[i] = torch.maximum(tops[i], part.abs().max().cpu())
+        apart = max((squares[0] / squares[1]).sqrt().item(), (tops[0] / tops[1]).item() / 4)
+        if squares[0] > 0 and not apart <= tolerance:
+            return f"result {number} is {apart:.1e} of ours apart, more than {tolerance:.0e}"
+
+
+def check(case, inputs, device):
+    """Takes out of `case.calls` what fails or gives another result than ours."""
+    kept = [tensor.detach().clone() for tensor in inputs]
+    ours = results_of(case.calls["redline"], inputs, device)
+    for name in [name for name in case.calls if name != "redline"]:
+        for tensor, copy in zip(inputs, kept):
+            tensor.data.copy_(copy)  # .data: graphs that were kept stay valid
+        try:
+            theirs = results_of(case.calls[name], inputs, device)
+            reason = difference(ours, theirs, TOLERANCE[case.dtype.split()[0]])
+        except Exception as error:
+            reason = rivals.short(error)
+        if reason is not None:
+            case.not_timed[name] = reason
+            del case.calls[name]
+    for tensor, copy in zip(inputs, kept):
+        tensor.data.copy_(copy)
+
+
 def measure(case, device):
-    """Interleaved medians; a variant that fails is left out with its reason on stderr."""
+    """Interleaved medians of ours and of every variant whose result is ours."""
     torch._dynamo.reset()  # its limit of 8 recompilations would turn "compile" into eager, unsaid
     sets = input_sets(case, device)
-    make_timer = timer_for(device, sets)
+    if not case.random:
+        check(case, sets[0], device)
     timers = {}
     for name, call in {"copy": copy_call(device, case.bytes, len(sets)), **case.calls}.items():
+        captured = (name, case.name) not in rivals.NOT_CAPTURED
         try:
-            timers[name] = make_timer(call)
+            timers[name] = (cuda_timer if device == "cuda" else cpu_timer)(call, sets, captured)
         except Exception as error:
             if name == "redline":
                 raise
-            print(f"{case.name} {case.shape}: {name} not measured: {error}", file=sys.stderr)
+            case.not_timed[name] = rivals.short(error)
     samples = {name: [] for name in timers}
-    orders = itertools.cycle(itertools.permutations(timers))  # nobody always follows the copy
     for _ in range(REPEATS):
-        for name in next(orders):
-            samples[name].append(timers[name]())
+        for name, timer in timers.items():
+            samples[name].append(timer())
     for name, values in samples.items():
         values.sort()
         median = values[len(values) // 2]
@@ -197,6 +262,7 @@ def row_of(case, rates):
         "gb_s": case.bytes / ours / 1e3,
         "tflop_s": case.flops / ours / 1e6,
         "rivals": {k: v[0] for k, v in case.times.items() if k not in ("redline", "copy")},
+        "not_timed": case.not_timed,
     }
 
 
@@ -206,9 +272,10 @@ def ceilings(device):
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     copy = Case("copy", "", "", "", size, lambda: (), {"redline": lambda: None})
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    timer = cuda_timer if device == "cuda" else cpu_timer
     times = []
     for call in (copy_call(device, copy.bytes), lambda: a @ b):
-        once = timer_for(device, [()])(call)
+        once = timer(call, [()])
         times.append(sorted(once() for _ in range(5))[2])
     return {"copy_gb_s": size / times[0] / 1e3, "gemm_tflop_s": 2 * n**3 / times[1] / 1e6}
 
@@ -234,103 +301,56 @@ def machine(device, commit):
     }
 
 
-def line(row):
-    rivals = "  ".join(f"{k} {v / row['time_us']:.2f}x" for k, v in row["rivals"].items())
-    return (
-        f"{row['name']:<22}{row['direction']:<8}{row['shape']:<24}{row['dtype']:<6}"
-        f"{row['time_us']:>10.1f}{row['spread']:>6.1%}{row['floor_us']:>10.1f}"
-        f"{row['of_redline']:>8.2f}{row['gb_s']:>8.0f}  {rivals}"
-    )
-
-
-HEADER = (
-    f"{'op':<22}{'':<8}{'shape':<24}{'dtype':<6}{'time us':>10}{'±':>6}{'floor us':>10}"
-    f"{'of floor':>8}{'GB/s':>8}  rivals' time / ours"
-)
-
-
-def markdown(result):
-    names = sorted({name for row in result["rows"] for name in row["rivals"]})
-    lines = [
-        f"# {result['gpu']}",
-        "",
-        f"`{result['command']}` at {result['commit']}, torch {result['torch']}, driver "
-        f"{result['driver']}, {result['date']}. Copy {result['copy_gb_s']:.0f} GB/s, product "
-        f"{result['gemm_tflop_s']:.0f} TFLOP/s, both in this run. *Of redline*: the time of a copy "
-        "of the same bytes over the op's. Rivals: their time over ours; above 1, ours is shorter.",
-        "",
-        "| op | direction | shape | dtype | time µs | ± | floor µs | of redline | GB/s | "
-        + " | ".join(names)
-        + " |",
-        "|" + "---|" * (9 + len(names)),
-    ]
-    for row in result["rows"]:
-        cells = [
-            f"{row['rivals'][name] / row['time_us']:.2f}" if name in row["rivals"] else "–"
-            for name in names
-        ]
-        lines.append(
-            f"| {row['name']} | {row['direction']} | {row['shape']} | {row['dtype']} | "
-            f"{row['time_us']:.1f} | {row['spread']:.1%} | {row['floor_us']:.1f} | "
-            f"{row['of_redline']:.2f} | {row['gb_s']:.0f} | " + " | ".join(cells) + " |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def compare(before, after):
-    """same, faster, slower, or unclear where the spreads overlap a difference."""
-    old, new = (json.loads(pathlib.Path(name).read_text()) for name in (before, after))
-    key = lambda row: (row["name"], row["direction"], row["shape"], row["dtype"])  # noqa: E731
-    known = {key(row): row for row in old["rows"]}
-    for row in new["rows"]:
-        if (was := known.get(key(row))) is None:
-            continue
-        ratio = row["of_redline"] / was["of_redline"]  # ratios travel; microseconds do not
-        noise = max(row["spread"], was["spread"])
-        change = abs(ratio - 1)
-        verdict = (
-            "same"
-            if change < 0.02
-            else "unclear"
-            if change < noise
-            else ("faster" if ratio > 1 else "slower")
-        )
-        print(f"{verdict:<8}{ratio:>6.2f}  {' '.join(key(row))}")
-
-
-def main():
-    if sys.argv[1:2] == ["compare"]:
-        return compare(*sys.argv[2:4])
-    here = pathlib.Path(__file__).parent
-    known = sorted(path.stem.removeprefix("bench_") for path in here.glob("bench_*.py"))
+def arguments(known):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("ops", nargs="*", choices=[*known, []], help=f"of {', '.join(known)}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json")
     parser.add_argument("--markdown")
-    parser.add_argument("--only", help="variants to time, by commas: redline,eager,compile")
+    parser.add_argument("--rivals", action="store_true", help=rivals.__doc__.split("\n\n")[0])
+    parser.add_argument("--rows", help="a regular expression: the rows whose name it is found in")
+    parser.add_argument("--only", help="variants to time, by commas: eager,compile,liger; ours too")
     parser.add_argument("--quick", action="store_true", help="the first case of each op")
     parser.add_argument("--commit", help="of this tree, where it was copied without its .git")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def chosen(op, args):
+    """The op's cases that were asked for, with the variants that were."""
+    every = importlib.import_module(f"bench_{op}").cases(args.device)
+    cases = (case for case in every if re.search(args.rows or "", f"{case.name} {case.direction}"))
+    for case in itertools.islice(cases, 1 if args.quick else None):
+        if args.only:
+            wanted = {"redline", *args.only.split(",")}
+            case.calls = {name: call for name, call in case.calls.items() if name in wanted}
+        yield case
+
+
+def main():
+    if sys.argv[1:2] == ["compare"]:
+        return print("\n".join(report.compare(*sys.argv[2:4])))
+    if sys.argv[1:2] == ["plot"]:
+        return importlib.import_module("plot").draw(*sys.argv[2:4])
+    known = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
+    args = arguments(known)
     result = {**machine(args.device, args.commit), **ceilings(args.device), "rows": []}
+    if args.rivals:
+        result["rivals"] = rivals.load()
     print(
         f"{result['gpu']}: copy {result['copy_gb_s']:.0f} GB/s, product "
         f"{result['gemm_tflop_s']:.0f} TFLOP/s"
     )
-    print(HEADER)
+    print(report.HEADER)
     for op in args.ops or known:
-        cases = importlib.import_module(f"bench_{op}").cases(args.device)
-        for case in list(cases)[: 1 if args.quick else None]:
-            if args.only:
-                case.calls = {k: v for k, v in case.calls.items() if k in args.only.split(",")}
+        for case in chosen(op, args):
             measure(case, args.device)
             result["rows"].append(row_of(case, result))
-            print(line(result["rows"][-1]), flush=True)
+            print(report.line(result["rows"][-1]), flush=True)
             case.make = case.calls = None  # frees the inputs that the calls hold
         if args.json:
             pathlib.Path(args.json).write_text(json.dumps(result, indent=1))
         if args.markdown:
-            pathlib.Path(args.markdown).write_text(markdown(result))
+            pathlib.Path(args.markdown).write_text(report.markdown(result))
 
 
 if __name__ == "__main__":

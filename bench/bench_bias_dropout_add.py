@@ -46,5 +46,6 @@ def cases(device):
                 bytes=(3 * size, 2 * size),
                 make=functools.partial(make, shape, device, dtype),
                 calls={},
+                random=True,
             )
             yield from both_directions(sketch, calls, parameters)

@@ -1,0 +1,103 @@
+"""What is said of measured rows: a line, a Markdown table, and how two files compare."""
+
+import json
+import pathlib
+
+SAME = 0.02  # a smaller change than this is none
+
+HEADER = (
+    f"{'op':<34} {'':<8}{'shape':<26}{'dtype':<6}{'time us':>10}{'±':>6}{'floor us':>10}"
+    f"{'of floor':>9}{'GB/s':>7}  rivals' time / ours"
+)
+
+
+def line(row):
+    rivals = [f"{k} {v / row['time_us']:.2f}x" for k, v in row["rivals"].items()]
+    refused = [f"{k} not timed: {v}" for k, v in row["not_timed"].items()]
+    return (
+        f"{row['name']:<34} {row['direction']:<8}{row['shape']:<26}{row['dtype']:<6}"
+        f"{row['time_us']:>10.1f}{row['spread']:>6.1%}{row['floor_us']:>10.1f}"
+        f"{row['of_redline']:>9.2f}{row['gb_s']:>7.0f}  {'  '.join(rivals + refused)}"
+    )
+
+
+def cell(row, rival):
+    """Bold where the rival is ahead by more than the noise."""
+    if rival not in row["rivals"]:
+        return "*" if rival in row.get("not_timed", {}) else "–"
+    ratio = row["rivals"][rival] / row["time_us"]
+    return f"**{ratio:.2f}**" if ratio < 1 - max(SAME, row["spread"]) else f"{ratio:.2f}"
+
+
+def faults(rows):
+    """One line per rival, op and reason; the shapes beside it."""
+    found = {}
+    for row in rows:
+        for rival, reason in row.get("not_timed", {}).items():
+            key = f"{rival}, {row['name']} {row['direction']}: {reason}"
+            found.setdefault(key, []).append(row["shape"])
+    return [f"* {key} ({'; '.join(shapes)})" for key, shapes in found.items()]
+
+
+def markdown(result):
+    rows = result["rows"]
+    named = {name for row in rows for name in (*row["rivals"], *row.get("not_timed", {}))}
+    names = sorted(named)
+    versions = ", ".join(f"{k} {v}" for k, v in result.get("rivals", {}).items())
+    lines = [
+        f"# {result['gpu']}",
+        "",
+        f"`{result['command']}` at {result['commit']}, torch {result['torch']}, driver "
+        f"{result['driver']}, {result['date']}. Copy {result['copy_gb_s']:.0f} GB/s, product "
+        f"{result['gemm_tflop_s']:.0f} TFLOP/s, both in this run. *Of redline*: the time of a copy "
+        "of the same bytes over the op's. Rivals: their time over ours; above 1, ours is shorter, "
+        "and bold where theirs is." + (f" Rivals: {versions}." if versions else ""),
+        "",
+        "| op | direction | shape | dtype | time µs | ± | floor µs | of redline | GB/s | "
+        + " | ".join(names)
+        + " |",
+        "|" + "---|" * (9 + len(names)),
+    ]
+    for row in rows:
+        cells = [cell(row, name) for name in names]
+        lines.append(
+            f"| {row['name']} | {row['direction']} | {row['shape']} | {row['dtype']} | "
+            f"{row['time_us']:.1f} | {row['spread']:.1%} | {row['floor_us']:.1f} | "
+            f"{row['of_redline']:.2f} | {row['gb_s']:.0f} | " + " | ".join(cells) + " |"
+        )
+    if found := faults(rows):
+        lines += ["", "Not timed (`*`), because it failed or its result was not ours:", "", *found]
+    return "\n".join(lines) + "\n"
+
+
+def verdict(was, now):
+    """The word and the ratio of `of_redline`: ratios travel between machines, microseconds do not.
+
+    A change counts where it is more than both spreads together. A smaller one is "same" only where
+    the spreads could not hide one of 2 %."""
+    ratio = now["of_redline"] / was["of_redline"]
+    noise = was["spread"] + now["spread"]
+    if abs(ratio - 1) > max(noise, SAME):
+        return ("faster" if ratio > 1 else "slower"), ratio
+    return ("same" if noise <= SAME else "unclear"), ratio
+
+
+def compare(before, after):
+    """A line per row of either file, and how many of each word."""
+
+    def rows(name):
+        keys = ("name", "direction", "shape", "dtype")
+        rows = json.loads(pathlib.Path(name).read_text())["rows"]
+        return {" ".join(row[key] for key in keys): row for row in rows}
+
+    old, new = rows(before), rows(after)
+    counts, lines = {}, []
+    for key in dict.fromkeys((*old, *new)):
+        if key in old and key in new:
+            word, ratio = verdict(old[key], new[key])
+            lines.append(f"{word:<8}{ratio:>6.2f}  {key}")
+        else:
+            word = "gone" if key in old else "new"
+            lines.append(f"{word:<14}  {key}")
+        counts[word] = counts.get(word, 0) + 1
+    return [*lines, ", ".join(f"{count} {word}" for word, count in counts.items())]
