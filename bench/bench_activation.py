@@ -5,6 +5,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+import rivals
 from bench import Case, both_directions
 from redline import ops
 
@@ -13,6 +14,7 @@ SIZES_CPU = [(4096, 1024)]
 STOCK = {
     "gelu": functools.partial(F.gelu, approximate="tanh"),
     "gelu_erf": F.gelu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "silu": F.silu,
     "relu": F.relu,
     "squared_relu": lambda x: F.relu(x).square(),
@@ -44,6 +46,7 @@ def cases(device):
                     ),
                     "eager": eager,
                     "compile": torch.compile(eager, dynamic=False),
+                    **rivals.calls(f"activation {kind}" + " bias" * with_bias),
                 }
                 size = shape[0] * shape[1] * dtype.itemsize
                 sketch = Case(

@@ -4,6 +4,7 @@ over the logits themselves where the caller allows it."""
 import torch
 import torch.nn.functional as F
 
+import rivals
 from bench import Case
 from redline import ops
 
@@ -53,6 +54,7 @@ def cases(device):
         "redline": ops.cross_entropy,
         "eager": F.cross_entropy,
         "compile": torch.compile(F.cross_entropy, dynamic=False),
+        **rivals.calls("cross_entropy"),
     }
     for rows, cols in SIZES if device == "cuda" else SIZES_CPU:
         size = rows * cols * dtype.itemsize

@@ -12,29 +12,40 @@ SIZES = [(8192, 4096, 6144), (8192, 4096, 14336), (8192, 14336, 4096), (1024, 40
 SIZES_CPU = [(512, 256, 768), (1024, 512, 512)]
 
 
+def accumulate(main_grad, y_grad, x):
+    torch.ops.redline.linear_weight_grad_into(main_grad, y_grad, x)
+    return main_grad
+
+
 def accumulate_eager(main_grad, y_grad, x):
-    main_grad.add_(y_grad.t() @ x)
+    return main_grad.add_(y_grad.t() @ x)
 
 
 def cases(device):
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     name = "bf16" if device == "cuda" else "f32"
-    into = torch.ops.redline.linear_weight_grad_into
+
+    def make(*shapes):
+        return tuple(torch.randn(*shape, device=device, dtype=dtype) for shape in shapes)
+
     for rows, cols, out in SIZES if device == "cuda" else SIZES_CPU:
         text, flops = f"{rows} x {cols} to {out}", 2 * rows * cols * out
-
-        def make(*shapes):
-            return lambda: tuple(torch.randn(*s, device=device, dtype=dtype) for s in shapes)
-
-        forward = {"redline": torch.no_grad()(ops.linear), "eager": torch.no_grad()(F.linear)}
         size = (rows * cols + out * cols + rows * out) * dtype.itemsize
-        inputs = make((rows, cols), (out, cols))
-        yield Case("linear", "fwd", text, name, size, inputs, forward, flops)
-        buffer = torch.zeros(out, cols, device=device)
-        backward = {
-            "redline": lambda g, x, b=buffer: into(b, g, x),
-            "eager": lambda g, x, b=buffer: accumulate_eager(b, g, x),
+        calls = {
+            "redline": torch.no_grad()(ops.linear),
+            "eager": torch.no_grad()(F.linear),
+            "compile": torch.no_grad()(torch.compile(F.linear, dynamic=False)),
         }
-        size = rows * (cols + out) * dtype.itemsize + 2 * out * cols * buffer.itemsize
-        inputs = make((rows, out), (rows, cols))
-        yield Case("linear", "wgrad", text, name, size, inputs, backward, flops)
+        shapes = (rows, cols), (out, cols)
+        yield Case("linear", "fwd", text, name, size, lambda s=shapes: make(*s), calls, flops)
+
+        def with_buffer(shapes=((rows, out), (rows, cols)), weight=(out, cols)):
+            return torch.zeros(weight, device=device), *make(*shapes)
+
+        size = rows * (cols + out) * dtype.itemsize + 2 * out * cols * torch.float32.itemsize
+        calls = {
+            "redline": accumulate,
+            "eager": accumulate_eager,
+            "compile": torch.compile(accumulate_eager, dynamic=False),
+        }
+        yield Case("linear main_grad", "wgrad", text, name, size, with_buffer, calls, flops)

@@ -6,6 +6,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+import rivals
 from bench import Case, both_directions
 from redline import ops
 
@@ -58,6 +59,7 @@ def cases(device):
             )
             calls, parameters = forwards(name, cols, weight, bias)
             calls["compile"] = torch.compile(calls["eager"], dynamic=False)
+            calls |= rivals.calls(name, *parameters)
             tensors = 2 if name.startswith("residual") else 1
             draw = functools.partial(torch.randn, rows, cols, device=device, dtype=dtype)
 

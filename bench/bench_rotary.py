@@ -1,13 +1,17 @@
-"""Rotary: either direction reads x once and writes it once; the tables stay in the cache."""
+"""Rotary: either direction reads x once and writes it once; the tables stay in the cache. Packed q,
+k and v go through whole: v is copied."""
+
+import functools
 
 import torch
 
-from bench import Case
+import rivals
+from bench import Case, both_directions
 from redline import ops
 
-# (batch, seq, heads, head_dim)
-SIZES = [(4, 4096, 32, 128), (2, 8192, 8, 128), (8, 2048, 16, 64)]
-SIZES_CPU = [(4, 1024, 16, 64), (1, 1024, 8, 128)]
+# (batch, seq, heads, kv_heads, head_dim)
+SIZES = [(4, 4096, 32, 8, 128), (4, 4096, 32, 8, 64), (8, 2048, 16, 16, 64)]
+SIZES_CPU = [(4, 1024, 16, 4, 64), (1, 1024, 8, 8, 128)]
 
 
 def rotate_half(x, cos, sin):
@@ -15,49 +19,63 @@ def rotate_half(x, cos, sin):
     return x * cos + torch.cat((-b, a), -1) * sin
 
 
-def backward_of(forward):
-    graphs = {}
-
-    def call(x, y_grad):
-        if x not in graphs:
-            leaf = x.detach().requires_grad_()
-            graphs[x] = (forward(leaf), leaf)
-        y, leaf = graphs[x]
-        return torch.autograd.grad(y, leaf, y_grad, retain_graph=True)
-
-    return call
-
-
-def variants(seq, head_dim, device, dtype):
+def tables(seq, head_dim, device):
     angles = torch.outer(
         torch.arange(seq, device=device).float(),
         10000.0 ** -torch.linspace(0, 1, head_dim // 2, device=device),
     )
-    cos, sin = angles.cos(), angles.sin()
-    wide_cos, wide_sin = (torch.cat((table, table), -1)[:, None].to(dtype) for table in (cos, sin))
+    return angles.cos(), angles.sin()
 
-    def eager(x):
-        return rotate_half(x, wide_cos, wide_sin)
 
+def q_and_k(cos, sin, wide):
+    """Two launches of ours, a tensor each."""
     return {
-        "redline": lambda x: ops.rotary(x, cos, sin),
-        "eager": eager,
-        "compile": torch.compile(eager, dynamic=False),
+        "redline": lambda q, k: (ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)),
+        "eager": lambda q, k: (rotate_half(q, *wide), rotate_half(k, *wide)),
     }
 
 
+def packed(cos, sin, wide, heads, kv_heads):
+    """Per key head: its q heads, k and v."""
+
+    def eager(qkv):
+        heads_of = qkv.unflatten(-1, (kv_heads, heads // kv_heads + 2, -1))
+        turned, v = heads_of[..., :-1, :], heads_of[..., -1:, :]
+        turned = rotate_half(turned, *(table[:, None] for table in wide))
+        return torch.cat((turned, v), -2).flatten(-3)
+
+    return {"redline": lambda qkv: ops.qkv_rotary(qkv, cos, sin, heads, kv_heads), "eager": eager}
+
+
 def cases(device):
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    name = "bf16" if device == "cuda" else "f32"
-    for shape in SIZES if device == "cuda" else SIZES_CPU:
-        calls = variants(shape[1], shape[3], device, dtype)
-        size = 2 * torch.Size(shape).numel() * dtype.itemsize
-        text = " x ".join(map(str, shape))
+    dtype, label = (torch.bfloat16, "bf16") if device == "cuda" else (torch.float32, "f32")
 
-        def make(count, shape=shape):
-            return tuple(torch.randn(shape, device=device, dtype=dtype) for _ in range(count))
+    def make(shapes, with_gradient):
+        count = 2 if with_gradient else 1
+        return tuple(torch.randn(size, device=device, dtype=dtype) for size in count * shapes)
 
-        forward = {key: torch.no_grad()(call) for key, call in calls.items()}
-        yield Case("rotary", "fwd", text, name, size, lambda m=make: m(1), forward)
-        backward = {key: backward_of(call) for key, call in calls.items()}
-        yield Case("rotary", "bwd", text, name, size, lambda m=make: m(2), backward)
+    for batch, seq, heads, kv_heads, dim in SIZES if device == "cuda" else SIZES_CPU:
+        cos, sin = tables(seq, dim, device)
+        wide = [torch.cat((table, table), -1)[:, None].to(dtype) for table in (cos, sin)]
+        q, k = ((batch, seq, count, dim) for count in (heads, kv_heads))
+        qkv = (batch, seq, (heads + 2 * kv_heads) * dim)
+        for name, shapes, calls in (
+            (
+                "rotary q, k",
+                [q, k],
+                q_and_k(cos, sin, wide) | rivals.calls("rotary q, k", cos, sin),
+            ),
+            ("qkv_rotary", [qkv], packed(cos, sin, wide, heads, kv_heads)),
+        ):
+            calls["compile"] = torch.compile(calls["eager"], dynamic=False)
+            size = 2 * sum(torch.Size(shape).numel() for shape in shapes) * dtype.itemsize
+            sketch = Case(
+                name=name,
+                direction="",
+                shape=f"{batch} x {seq} x {heads} ({kv_heads}) x {dim}",
+                dtype=label,
+                bytes=(size, size),
+                make=functools.partial(make, shapes),
+                calls={},
+            )
+            yield from both_directions(sketch, calls, outputs=len(shapes))

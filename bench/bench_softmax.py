@@ -1,47 +1,61 @@
-"""Causal softmax: forward reads half of the scores, writes all; backward reads two, writes one."""
+"""Softmax of scaled scores. Causal: forward reads half of the scores and writes all, backward reads
+two halves and writes all. A mask is read once, for all heads."""
+
+import functools
 
 import torch
 
-from bench import Case
+import rivals
+from bench import Case, both_directions
 from redline import ops
 
 # (batch, heads, queries, keys)
 SIZES = [(2, 32, 2048, 2048), (1, 32, 4096, 4096), (8, 16, 1000, 1000)]
 SIZES_CPU = [(4, 8, 512, 512), (1, 4, 1024, 4096)]
+SCALE = 0.125
 
 
-def stock(scores):
+def stock(scores, excluded):
+    return torch.softmax((scores * SCALE).masked_fill(excluded, float("-inf")), -1)
+
+
+def stock_causal(scores):
     excluded = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
-    excluded = excluded.triu(scores.shape[-1] - scores.shape[-2] + 1)
-    return torch.softmax((scores * 0.125).masked_fill(excluded, float("-inf")), -1)
+    return stock(scores, excluded.triu(scores.shape[-1] - scores.shape[-2] + 1))
 
 
-def with_backward(forward):
-    def call(scores, upstream):
-        leaf = scores.detach().requires_grad_()
-        return torch.autograd.grad(forward(leaf), leaf, upstream)
-
-    return call
+def forwards(name, mask):
+    if name == "softmax":
+        plain = {"redline": ops.softmax, "eager": lambda scores: torch.softmax(scores, -1)}
+        return plain | rivals.calls("softmax")
+    if name == "softmax causal":
+        return {"redline": lambda x: ops.softmax(x, None, SCALE, True), "eager": stock_causal}
+    return {"redline": lambda x: ops.softmax(x, mask, SCALE), "eager": lambda x: stock(x, mask)}
 
 
 def cases(device):
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    name = "bf16" if device == "cuda" else "f32"
-    variants = {
-        "redline": lambda scores: ops.softmax(scores, None, 0.125, True),
-        "eager": stock,
-        "compile": torch.compile(stock, dynamic=False),
-    }
-    for size in SIZES if device == "cuda" else SIZES_CPU:
-        elements = torch.Size(size).numel() * dtype.itemsize
-        shape = " x ".join(str(n) for n in size)
+    dtype, label = (torch.bfloat16, "bf16") if device == "cuda" else (torch.float32, "f32")
 
-        def make(count, size=size):
-            return lambda: tuple(
-                torch.randn(*size, device=device, dtype=dtype) for _ in range(count)
+    def make(size, with_gradient):
+        count = 2 if with_gradient else 1
+        return tuple(torch.randn(size, device=device, dtype=dtype) for _ in range(count))
+
+    for name in ("softmax causal", "softmax masked", "softmax"):
+        for size in SIZES if device == "cuda" else SIZES_CPU:
+            whole = torch.Size(size).numel() * dtype.itemsize
+            read = whole // 2 if name == "softmax causal" else whole
+            batch, _, queries, keys = size
+            mask = torch.rand(batch, 1, queries, keys, device=device) < 0.1
+            mask_size = mask.numel() if name == "softmax masked" else 0
+            calls = forwards(name, mask)
+            calls["compile"] = torch.compile(calls["eager"], dynamic=False)
+            sketch = Case(
+                name=name,
+                direction="",
+                shape=" x ".join(map(str, size)),
+                dtype=label,
+                bytes=(read + whole + mask_size, 2 * read + whole),
+                make=functools.partial(make, size),
+                calls={},
             )
-
-        calls = {k: torch.no_grad()(call) for k, call in variants.items()}
-        yield Case("softmax", "fwd", shape, name, 3 * elements // 2, make(1), calls)
-        calls = {k: with_backward(call) for k, call in variants.items()}
-        yield Case("softmax", "fwd+bwd", shape, name, 9 * elements // 2, make(2), calls)
+            yield from both_directions(sketch, calls)
