@@ -308,7 +308,9 @@ def arguments(known):
     parser.add_argument("--json")
     parser.add_argument("--markdown")
     parser.add_argument("--rivals", action="store_true", help=rivals.__doc__.split("\n\n")[0])
-    parser.add_argument("--rows", help="a regular expression: the rows whose name it is found in")
+    parser.add_argument(
+        "--rows", help="a regular expression: the rows whose name, shape or dtype has it"
+    )
     parser.add_argument("--only", help="variants to time, by commas: eager,compile,liger; ours too")
     parser.add_argument("--quick", action="store_true", help="the first case of each op")
     parser.add_argument("--commit", help="of this tree, where it was copied without its .git")
@@ -316,14 +318,19 @@ def arguments(known):
 
 
 def chosen(op, args):
-    """The op's cases that were asked for, with the variants that were."""
-    every = importlib.import_module(f"bench_{op}").cases(args.device)
-    cases = (case for case in every if re.search(args.rows or "", f"{case.name} {case.direction}"))
-    for case in itertools.islice(cases, 1 if args.quick else None):
+    """The op's cases that were asked for, with the variants that were; cases without any of them
+    are left out."""
+    only = {"redline", *(args.only or "").split(",")}
+    for case in importlib.import_module(f"bench_{op}").cases(args.device):
         if args.only:
-            wanted = {"redline", *args.only.split(",")}
-            case.calls = {name: call for name, call in case.calls.items() if name in wanted}
+            case.calls = {name: call for name, call in case.calls.items() if name in only}
+        key = f"{case.name} {case.direction} {case.shape} {case.dtype}"
+        alone = len(case.calls) == 1 and args.only not in (None, "redline")
+        if alone or not re.search(args.rows or "", key):
+            continue
         yield case
+        if args.quick:
+            return
 
 
 def main():

@@ -13,6 +13,7 @@ from redline.optim import AdamW
 # (tensors, shape); the second is 1.07e9 parameters.
 SIZES = [(64, (2048, 2048)), (300, (1024, 3488))]
 SIZES_CPU = [(16, (512, 1024))]
+COMPILED = 64  # tensors at most: inductor takes minutes for hundreds
 LEARNING_RATE = 1.0  # a step shows in the parameters, where results are compared
 
 
@@ -34,17 +35,18 @@ class StockWithMasters:
         torch._foreach_copy_(self.parameters, self.masters)
 
 
-def step_of(kind, **options):
-    """One optimiser per input set, made on first use."""
-    made = {}
+def step_of(kind, compiled=False, **options):
+    """One optimiser's step per input set, made on first use."""
+    steps = {}
 
     def call(*parameters):
         key = id(parameters[0])
-        if key not in made:
+        if key not in steps:
             graph = parameters[0].is_cuda
             lr = torch.tensor(LEARNING_RATE, device="cuda") if graph else LEARNING_RATE
-            made[key] = kind(parameters, lr=lr, capturable=graph, **options)
-        made[key].step()
+            step = kind(parameters, lr=lr, capturable=graph, **options).step
+            steps[key] = torch.compile(step) if compiled else step
+        steps[key]()
         return parameters
 
     return call
@@ -77,6 +79,11 @@ def scale_by_torch(*gradients, factor):
     return gradients
 
 
+def with_compiled(count, ours, eager):
+    compiled = {"compile": torch.compile(eager, dynamic=False)} if count <= COMPILED else {}
+    return {"redline": ours, "eager": eager, **compiled}
+
+
 def parameters_of(count, shape, device, dtype):
     parameters = [torch.randn(shape, device=device, dtype=dtype) for _ in range(count)]
     for parameter in parameters:
@@ -90,8 +97,9 @@ def cases(device):
         elements, text = count * torch.Size(shape).numel(), f"{count} x {shape[0]} x {shape[1]}"
         for label, dtype, size, ours, stock in STEPS:
             make = functools.partial(parameters_of, count, shape, device, dtype)
-            eager = step_of(stock, fused=True)
-            calls = {"redline": step_of(AdamW, **ours), "eager": eager}
+            calls = {"redline": step_of(AdamW, **ours), "eager": step_of(stock, fused=True)}
+            if count <= COMPILED:
+                calls["compile"] = step_of(stock, compiled=True, foreach=True)
             yield Case("adamw_step", "step", text, label, elements * size, make, calls)
         for label, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16)):
 
@@ -99,8 +107,8 @@ def cases(device):
                 return tuple(torch.randn(shape, device=device, dtype=dtype) for _ in range(count))
 
             size = elements * dtype.itemsize
-            calls = {"redline": coefficient, "eager": coefficient_by_torch}
+            calls = with_compiled(count, coefficient, coefficient_by_torch)
             yield Case("clip_grad_norm", "coeff", text, label, size, draw, calls)
-            forms = {"redline": scale, "eager": scale_by_torch}
-            calls = {k: functools.partial(form, factor=factor) for k, form in forms.items()}
+            forms = (functools.partial(form, factor=factor) for form in (scale, scale_by_torch))
+            calls = with_compiled(count, *forms)
             yield Case("scale_gradients", "scale", text, label, 2 * size, draw, calls)

@@ -3,6 +3,8 @@
 import json
 import pathlib
 
+import rivals
+
 SAME = 0.02  # a smaller change than this is none
 
 HEADER = (
@@ -39,6 +41,15 @@ def faults(rows):
     return [f"* {key} ({'; '.join(shapes)})" for key, shapes in found.items()]
 
 
+def uncaptured(rows):
+    """Which times hold the host's share."""
+    found = {(rival, row["name"]) for row in rows for rival in row["rivals"]}
+    return [
+        f"{rival}'s {op} waits for the device within a call: timed by calls, not as a CUDA graph."
+        for rival, op in sorted(found & rivals.NOT_CAPTURED)
+    ]
+
+
 def markdown(result):
     rows = result["rows"]
     named = {name for row in rows for name in (*row["rivals"], *row.get("not_timed", {}))}
@@ -65,6 +76,8 @@ def markdown(result):
             f"{row['time_us']:.1f} | {row['spread']:.1%} | {row['floor_us']:.1f} | "
             f"{row['of_redline']:.2f} | {row['gb_s']:.0f} | " + " | ".join(cells) + " |"
         )
+    if result["driver"] and (found := uncaptured(rows)):
+        lines += ["", *found]
     if found := faults(rows):
         lines += ["", "Not timed (`*`), because it failed or its result was not ours:", "", *found]
     return "\n".join(lines) + "\n"

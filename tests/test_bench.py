@@ -167,6 +167,9 @@ def test_the_table_says_where_a_rival_is_ahead_and_which_was_not_timed():
     assert "| 2.00 | * | **0.90** |" in table
     assert "| – | – | 0.99 |" in table
     assert "* quack, norm fwd: result 0 is not finite (8 x 8)" in table
+    called = result_of(row_of(name="cross_entropy", rivals={"liger": 9.9}))
+    assert "liger's cross_entropy waits for" in report.markdown(called | {"driver": "580"})
+    assert "waits for" not in table
 
 
 def test_a_run_writes_rows_of_the_published_form(tmp_path, monkeypatch):
