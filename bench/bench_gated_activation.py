@@ -32,6 +32,7 @@ OPTIONS = {"clamped_swiglu": {"limit": LIMIT, "alpha": ALPHA, "linear_offset": O
 ROWS = [
     *((kind, ()) for kind in STOCK),
     ("swiglu", ("pair",)),
+    ("geglu", ("pair",)),
     ("swiglu", ("bias",)),
     ("swiglu", ("row_scale",)),
     ("clamped_swiglu", ("bias", "row_scale")),

@@ -122,15 +122,14 @@ def _():
     return liger("LigerFusedGateUpSiLUMulFunction")
 
 
-@maker("liger", "gated_activation geglu")
-def _():
-    function = liger("LigerGELUMulFunction")
-    return lambda x: function(*x.chunk(2, -1))
-
-
 @maker("liger", "gated_activation_pair swiglu")
 def _():
     return liger("LigerSiLUMulFunction")
+
+
+@maker("liger", "gated_activation_pair geglu")
+def _():
+    return liger("LigerGELUMulFunction")
 
 
 @maker("liger", "activation squared_relu")
