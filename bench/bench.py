@@ -34,7 +34,7 @@ sys.path[:0] = [str(HERE)]
 import report  # noqa: E402  (beside this file)
 import rivals  # noqa: E402
 
-REPEATS = 9
+REPEATS = 12  # of each variant; three variants have six orders
 TOLERANCE = {"f32": 1e-4, "bf16": 2e-2}  # of two results of one case; a wrong one is 1 apart
 
 
@@ -139,19 +139,24 @@ def cuda_timer(call, sets, captured=True, target_us=20000.0):
     return lambda: once(replays)
 
 
-def cpu_timer(call, sets, captured=False):
-    state = {"next": 0}
+def cpu_timer(call, sets, turns, captured=False):
+    """`turns` cycles through the sets for all variants: the one before left another in cache."""
+    for inputs in sets:
+        call(*inputs)
 
     def once():
-        inputs = sets[state["next"] % len(sets)]
-        state["next"] += 1
+        inputs = next(turns)
         begin = time.perf_counter()
         call(*inputs)
         return (time.perf_counter() - begin) * 1e6
 
-    for _ in sets:
-        once()
     return once
+
+
+def timer_for(device, sets):
+    if device == "cuda":
+        return functools.partial(cuda_timer, sets=sets)
+    return functools.partial(cpu_timer, sets=sets, turns=itertools.cycle(sets))
 
 
 def copy_call(device, size, pairs=1):
@@ -227,19 +232,21 @@ def measure(case, device):
     sets = input_sets(case, device)
     if not case.random:
         check(case, sets[0], device)
+    make_timer = timer_for(device, sets)
     timers = {}
     for name, call in {"copy": copy_call(device, case.bytes, len(sets)), **case.calls}.items():
         captured = (name, case.name) not in rivals.NOT_CAPTURED
         try:
-            timers[name] = (cuda_timer if device == "cuda" else cpu_timer)(call, sets, captured)
+            timers[name] = make_timer(call, captured=captured)
         except Exception as error:
             if name == "redline":
                 raise
             case.not_timed[name] = rivals.short(error)
     samples = {name: [] for name in timers}
+    orders = itertools.cycle(itertools.permutations(timers))  # nobody always follows the copy
     for _ in range(REPEATS):
-        for name, timer in timers.items():
-            samples[name].append(timer())
+        for name in next(orders):
+            samples[name].append(timers[name]())
     for name, values in samples.items():
         values.sort()
         median = values[len(values) // 2]
@@ -272,10 +279,9 @@ def ceilings(device):
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     copy = Case("copy", "", "", "", size, lambda: (), {"redline": lambda: None})
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    timer = cuda_timer if device == "cuda" else cpu_timer
     times = []
     for call in (copy_call(device, copy.bytes), lambda: a @ b):
-        once = timer(call, [()])
+        once = timer_for(device, [()])(call)
         times.append(sorted(once() for _ in range(5))[2])
     return {"copy_gb_s": size / times[0] / 1e3, "gemm_tflop_s": 2 * n**3 / times[1] / 1e6}
 
