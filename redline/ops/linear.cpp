@@ -3,6 +3,7 @@
 
 #include <torch/custom_class.h>
 
+#include "redline/ops/node.h"
 #include "redline/ops/registration.h"
 #include "redline/ops/run.h"
 
@@ -16,56 +17,14 @@ using torch::autograd::variable_list;
 using OptionalQueue = std::optional<c10::intrusive_ptr<WeightGradientQueue>>;
 
 constexpr const char* op_name = "linear";
+constexpr ProductNames names = {.op = op_name};
 
-// [rows, cols]: the leading dimensions as one.
-Tensor rows_of(const Tensor& tensor) {
-  return tensor.dim() == 1 ? tensor.unsqueeze(0) : tensor.flatten(0, -2);
-}
-
-void check_inputs(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  TORCH_CHECK(x.dim() >= 1, op_name, ": x: expected at least one dimension, not a scalar");
-  TORCH_CHECK(at::isFloatingType(x.scalar_type()), op_name, ": x: expected a floating dtype, not ",
-              x.scalar_type());
-  TORCH_CHECK(weight.dim() == 2, op_name, ": weight: expected [out, in], not a rank of ",
-              weight.dim());
+void check_inputs(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                  const WeightGradientOptions& options) {
+  check_weight(names, x, weight, bias);
   TORCH_CHECK(x.sym_size(-1) == weight.sym_size(1), op_name, ": x: expected a last dimension of ",
               weight.sym_size(1), ", not ", x.sym_size(-1));
-  TORCH_CHECK(weight.scalar_type() == x.scalar_type(), op_name, ": weight: expected ",
-              x.scalar_type(), " as x has, not ", weight.scalar_type());
-  check_devices(op_name, x, {{"weight", weight}, {"bias", value(bias)}});
-  if (!bias) return;
-  TORCH_CHECK(bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), op_name,
-              ": bias: expected [", weight.sym_size(0), "], not ", bias->sym_sizes());
-  TORCH_CHECK(bias->scalar_type() == x.scalar_type(), op_name, ": bias: expected ", x.scalar_type(),
-              " as x has, not ", bias->scalar_type());
-}
-
-void check_options(const Tensor& weight, const WeightGradientOptions& options) {
-  const std::string& dummy = options.dummy_grad;
-  TORCH_CHECK(dummy == "none" || dummy == "empty" || dummy == "zeros", op_name,
-              ": dummy_grad: expected none, empty or zeros, not ", dummy);
-  if (!options.main_grad) return;
-  const Tensor& main_grad = *options.main_grad;
-  TORCH_CHECK(main_grad.sym_sizes() == weight.sym_sizes(), op_name, ": main_grad: expected ",
-              weight.sym_sizes(), ", not ", main_grad.sym_sizes());
-  TORCH_CHECK(at::isFloatingType(main_grad.scalar_type()), op_name,
-              ": main_grad: expected a floating dtype, not ", main_grad.scalar_type());
-  check_devices(op_name, weight, {{"main_grad", main_grad}});
-}
-
-void check_one_rank(const std::optional<std::string>& tp_group, bool sequence_parallel) {
-  TORCH_CHECK(!tp_group, op_name, ": tp_group: expected none, not ", tp_group.value_or(""),
-              "; products over more ranks are not built");
-  TORCH_CHECK(!sequence_parallel, op_name,
-              ": sequence_parallel: expected false; products over more ranks are not built");
-}
-
-Tensor product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  const Tensor rows = rows_of(x);
-  const Tensor y = bias ? at::addmm(*bias, rows, weight.t()) : at::mm(rows, weight.t());
-  c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
-  sizes.back() = weight.sym_size(0);
-  return at::_unsafe_view_symint(y, sizes);
+  check_weight_gradient(names, weight, options);
 }
 
 bool is_16_bit(const Tensor& tensor) {
@@ -118,50 +77,26 @@ struct LinearFunction : public torch::autograd::Function<LinearFunction> {
     const bool trained = weight.requires_grad();
     ctx->save_for_backward({trained ? x : Tensor(), x.requires_grad() ? weight : Tensor()});
     ctx->saved_data["has_bias"] = bias.has_value();
-    if (trained && options.main_grad) {
-      // Not a saved variable: others write to it before this node's backward, as they should.
-      ctx->saved_data["main_grad"] = *options.main_grad;
-      ctx->saved_data["accumulate"] = options.accumulate;
-      ctx->saved_data["dummy_grad"] = options.dummy_grad;
-      ctx->saved_data["weight_dtype"] = weight.scalar_type();
-    }
-    if (trained && options.delayed) ctx->saved_data["delayed"] = *options.delayed;
+    // main_grad is no saved variable: others write to it before this node's backward, as they
+    // should.
+    if (trained) ctx->saved_data["weight_gradient"] = hold(options);
     return product(x, weight, bias);
-  }
-
-  static Tensor weight_grad(AutogradContext* ctx, const Tensor& y_grad, const Tensor& x) {
-    auto& data = ctx->saved_data;
-    const bool into = data.count("main_grad") > 0;
-    if (data.count("delayed") > 0) {
-      data["delayed"].toCustomClass<WeightGradientQueue>()->push(
-          {.x = x.detach(),
-           .y_grad = y_grad.detach(),
-           .main_grad = into ? data["main_grad"].toTensor() : Tensor(),
-           .accumulate = !into || data["accumulate"].toBool()});
-      return {};
-    }
-    if (!into) return at::mm(y_grad.t(), x);
-    const Tensor main_grad = data["main_grad"].toTensor();
-    linear_weight_grad_into(main_grad, y_grad, x, data["accumulate"].toBool());
-    return dummy_of(main_grad, data["weight_dtype"].toScalarType(),
-                    data["dummy_grad"].toStringRef());
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &weight = saved[1], &y_grad = grads[0];
     const Tensor rows = rows_of(y_grad);
-    Tensor x_grad, trained_grad, bias_grad;
-    if (ctx->needs_input_grad(0)) {
-      c10::SymDimVector sizes(y_grad.sym_sizes().begin(), y_grad.sym_sizes().end());
-      sizes.back() = weight.sym_size(1);
-      x_grad = at::mm(rows, weight).reshape_symint(sizes);
+    Tensor x_grad, weight_grad, bias_grad;
+    if (ctx->needs_input_grad(0)) x_grad = product_input_grad(y_grad, weight);
+    if (ctx->needs_input_grad(1)) {
+      const auto& options = held<WeightGradientOptions>(ctx->saved_data["weight_gradient"]);
+      weight_grad = product_weight_grad(rows, rows_of(x), options);
     }
-    if (ctx->needs_input_grad(1)) trained_grad = weight_grad(ctx, rows, rows_of(x));
     if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) {
       bias_grad = rows.sum(at::IntArrayRef{0});
     }
-    return {x_grad, trained_grad, bias_grad, Tensor()};
+    return {x_grad, weight_grad, bias_grad, Tensor()};
   }
 };
 
@@ -171,10 +106,9 @@ Tensor differentiable(const Tensor& x, const Tensor& weight, const OptionalTenso
                       const OptionalTensor& main_grad, bool accumulate, std::string dummy_grad,
                       const OptionalQueue& delayed, const std::optional<std::string>& tp_group,
                       bool sequence_parallel) {
-  check_one_rank(tp_group, sequence_parallel);
+  check_one_rank(op_name, tp_group, sequence_parallel);
   const WeightGradientOptions options{main_grad, accumulate, std::move(dummy_grad), delayed};
-  check_inputs(x, weight, bias);
-  check_options(weight, options);
+  check_inputs(x, weight, bias, options);
   return LinearFunction::apply(x, weight, bias, options);
 }
 
@@ -182,9 +116,8 @@ Tensor without_derivative(const Tensor& x, const Tensor& weight, const OptionalT
                           const OptionalTensor& main_grad, bool accumulate, std::string dummy_grad,
                           const OptionalQueue& delayed, const std::optional<std::string>& tp_group,
                           bool sequence_parallel) {
-  check_one_rank(tp_group, sequence_parallel);
-  check_inputs(x, weight, bias);
-  check_options(weight, {main_grad, accumulate, std::move(dummy_grad), delayed});
+  check_one_rank(op_name, tp_group, sequence_parallel);
+  check_inputs(x, weight, bias, {main_grad, accumulate, std::move(dummy_grad), delayed});
   return product(x, weight, bias);
 }
 
@@ -194,11 +127,9 @@ Tensor autocast(const Tensor& x, const Tensor& weight, const OptionalTensor& bia
                 const OptionalTensor& main_grad, bool accumulate, std::string dummy_grad,
                 const OptionalQueue& delayed, const std::optional<std::string>& tp_group,
                 bool sequence_parallel) {
-  check_one_rank(tp_group, sequence_parallel);
+  check_one_rank(op_name, tp_group, sequence_parallel);
   const c10::impl::ExcludeDispatchKeyGuard off(key);
-  const auto cast = [](const Tensor& tensor) {
-    return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), tensor, device);
-  };
+  const auto cast = [](const Tensor& tensor) { return cast_for_product(tensor, device); };
   return linear(cast(x), cast(weight), bias ? OptionalTensor(cast(*bias)) : std::nullopt,
                 {main_grad, accumulate, std::move(dummy_grad), delayed});
 }
@@ -206,6 +137,85 @@ Tensor autocast(const Tensor& x, const Tensor& weight, const OptionalTensor& bia
 void implement_inner(torch::Library& m) { m.impl("linear_weight_grad_into", weight_grad_into); }
 
 }  // namespace
+
+// --- for nodes that hold a product --------------------------------------------------------------
+
+void check_weight(const ProductNames& names, const Tensor& x, const Tensor& weight,
+                  const OptionalTensor& bias) {
+  const auto& [op, weight_name, bias_name, main_grad_name, dummy_grad_name] = names;
+  TORCH_CHECK(x.dim() >= 1, op, ": x: expected at least one dimension, not a scalar");
+  TORCH_CHECK(at::isFloatingType(x.scalar_type()), op, ": x: expected a floating dtype, not ",
+              x.scalar_type());
+  TORCH_CHECK(weight.dim() == 2, op, ": ", weight_name, ": expected [out, in], not a rank of ",
+              weight.dim());
+  TORCH_CHECK(weight.scalar_type() == x.scalar_type(), op, ": ", weight_name, ": expected ",
+              x.scalar_type(), " as x has, not ", weight.scalar_type());
+  check_devices(op, x, {{weight_name, weight}, {bias_name, value(bias)}});
+  if (!bias) return;
+  TORCH_CHECK(bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), op, ": ", bias_name,
+              ": expected [", weight.sym_size(0), "], not ", bias->sym_sizes());
+  TORCH_CHECK(bias->scalar_type() == x.scalar_type(), op, ": ", bias_name, ": expected ",
+              x.scalar_type(), " as x has, not ", bias->scalar_type());
+}
+
+void check_weight_gradient(const ProductNames& names, const Tensor& weight,
+                           const WeightGradientOptions& options) {
+  const std::string& dummy = options.dummy_grad;
+  TORCH_CHECK(dummy == "none" || dummy == "empty" || dummy == "zeros", names.op, ": ",
+              names.dummy_grad, ": expected none, empty or zeros, not ", dummy);
+  if (!options.main_grad) return;
+  const Tensor& main_grad = *options.main_grad;
+  TORCH_CHECK(main_grad.sym_sizes() == weight.sym_sizes(), names.op, ": ", names.main_grad,
+              ": expected ", weight.sym_sizes(), ", not ", main_grad.sym_sizes());
+  TORCH_CHECK(at::isFloatingType(main_grad.scalar_type()), names.op, ": ", names.main_grad,
+              ": expected a floating dtype, not ", main_grad.scalar_type());
+  check_devices(names.op, weight, {{names.main_grad, main_grad}});
+}
+
+void check_one_rank(const char* op, const std::optional<std::string>& tp_group,
+                    bool sequence_parallel) {
+  TORCH_CHECK(!tp_group, op, ": tp_group: expected none, not ", tp_group.value_or(""),
+              "; products over more ranks are not built");
+  TORCH_CHECK(!sequence_parallel, op,
+              ": sequence_parallel: expected false; products over more ranks are not built");
+}
+
+Tensor rows_of(const Tensor& tensor) {
+  return tensor.dim() == 1 ? tensor.unsqueeze(0) : tensor.flatten(0, -2);
+}
+
+Tensor product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  const Tensor rows = rows_of(x);
+  const Tensor y = bias ? at::addmm(*bias, rows, weight.t()) : at::mm(rows, weight.t());
+  c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
+  sizes.back() = weight.sym_size(0);
+  return at::_unsafe_view_symint(y, sizes);
+}
+
+Tensor product_input_grad(const Tensor& y_grad, const Tensor& weight) {
+  c10::SymDimVector sizes(y_grad.sym_sizes().begin(), y_grad.sym_sizes().end());
+  sizes.back() = weight.sym_size(1);
+  return at::mm(rows_of(y_grad), weight).reshape_symint(sizes);
+}
+
+Tensor product_weight_grad(const Tensor& y_grad, const Tensor& x,
+                           const WeightGradientOptions& options) {
+  if (options.delayed) {
+    (*options.delayed)
+        ->push({.x = x.detach(),
+                .y_grad = y_grad.detach(),
+                .main_grad = value(options.main_grad),
+                .accumulate = options.accumulate});
+    return {};
+  }
+  if (!options.main_grad) return at::mm(y_grad.t(), x);
+  linear_weight_grad_into(*options.main_grad, y_grad, x, options.accumulate);
+  return dummy_of(*options.main_grad, x.scalar_type(), options.dummy_grad);
+}
+
+Tensor cast_for_product(const Tensor& tensor, c10::DeviceType device) {
+  return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), tensor, device);
+}
 
 // --- public -------------------------------------------------------------------------------------
 

@@ -51,4 +51,39 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
 void linear_weight_grad_into(const at::Tensor& buffer, const at::Tensor& y_grad,
                              const at::Tensor& x, bool accumulate = true);
 
+// --- for nodes that hold a product --------------------------------------------------------------
+
+// What messages call the operands.
+struct ProductNames {
+  const char* op;
+  const char* weight = "weight";
+  const char* bias = "bias";
+  const char* main_grad = "main_grad";
+  const char* dummy_grad = "dummy_grad";
+};
+
+// weight [out, in] and bias [out] beside x; x's last dimension is the caller's to compare.
+void check_weight(const ProductNames& names, const at::Tensor& x, const at::Tensor& weight,
+                  const std::optional<at::Tensor>& bias);
+void check_weight_gradient(const ProductNames& names, const at::Tensor& weight,
+                           const WeightGradientOptions& options);
+void check_one_rank(const char* op, const std::optional<std::string>& tp_group,
+                    bool sequence_parallel);
+
+// [rows, cols]: the leading dimensions as one.
+at::Tensor rows_of(const at::Tensor& tensor);
+
+// These three below autograd. x W^T + bias: [..., out] of x [..., in].
+at::Tensor product(const at::Tensor& x, const at::Tensor& weight,
+                   const std::optional<at::Tensor>& bias);
+// y_grad W: [..., in] of y_grad [..., out].
+at::Tensor product_input_grad(const at::Tensor& y_grad, const at::Tensor& weight);
+// y_grad^T x to where the options say, and what autograd is given for it; y_grad [rows, out],
+// x [rows, in].
+at::Tensor product_weight_grad(const at::Tensor& y_grad, const at::Tensor& x,
+                               const WeightGradientOptions& options);
+
+// The stock op's rule under autocast: tensors in its dtype.
+at::Tensor cast_for_product(const at::Tensor& tensor, c10::DeviceType device);
+
 }  // namespace redline::ops
