@@ -9,6 +9,7 @@ add_library(
   ${REDLINE_OP_SOURCES}
   redline/ops/adamw_optimizer.cpp
   redline/ops/library.cpp
+  redline/ops/norm_inner.cpp
   redline/ops/philox.cpp
   redline/ops/run.cpp)
 target_link_libraries(redline_ops PUBLIC redline_core torch_wheel PRIVATE redline_kernels)

@@ -38,14 +38,14 @@ inline void ignore_autocast(torch::Library& m, const std::vector<const char*>& o
 }
 
 // An op family for every dispatch key. A public op calls inner ones through the dispatcher, has the
-// derivative, and refuses vmap; an inner op has a kernel and refuses a gradient.
+// derivative, and refuses vmap; an inner op has a kernel and refuses a gradient. Null: has none.
 struct Family {
   using Implement = void (*)(torch::Library&);
 
-  std::vector<const char*> public_ops, inner_ops;
-  Implement inner;                    // for CPU, CUDA and Meta
-  Implement without_derivative;       // the public ops below autograd
-  Implement differentiable;           // and above
+  std::vector<const char*> public_ops = {}, inner_ops = {};
+  Implement inner = nullptr;               // for CPU, CUDA and Meta
+  Implement without_derivative = nullptr;  // the public ops below autograd
+  Implement differentiable = nullptr;      // and above
   Implement autocast_cuda = nullptr;  // the public ops whose stock ones have a dtype rule there
 };
 
@@ -54,11 +54,13 @@ class Registration {
  public:
   explicit Registration(const Family& family) {
     for (const auto key : {c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::Meta}) {
-      family.inner(library(key));
+      if (family.inner) family.inner(library(key));
     }
-    family.without_derivative(library(c10::DispatchKey::CompositeExplicitAutograd));
+    if (family.without_derivative) {
+      family.without_derivative(library(c10::DispatchKey::CompositeExplicitAutograd));
+    }
     torch::Library& autograd = library(c10::DispatchKey::Autograd);
-    family.differentiable(autograd);
+    if (family.differentiable) family.differentiable(autograd);
     refuse_autograd(autograd, family.inner_ops);
     ignore_autocast(library(c10::DispatchKey::AutocastCPU), family.public_ops);
     torch::Library& autocast_cuda = library(c10::DispatchKey::AutocastCUDA);

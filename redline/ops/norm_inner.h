@@ -1,0 +1,36 @@
+// norm's inner ops, for the nodes that have a norm in them: called through the dispatcher, so that
+// tracing sees them.
+#pragma once
+
+#include "redline/kernels/norm.h"
+#include "redline/ops/torch.h"
+
+namespace redline::ops {
+
+struct NormInputs {
+  Norm norm;
+  std::optional<at::Tensor> residual, weight, bias, row_count;
+  double epsilon;
+  bool zero_centered;
+};
+
+struct NormOutputs {
+  at::Tensor y, sum, mean, inverse_std;  // mean: layer alone
+};
+
+struct NormBackwardInputs {
+  Norm norm;
+  at::Tensor mean, inverse_std;
+  std::optional<at::Tensor> weight, bias, sum_grad, row_count;
+  bool zero_centered, needs_weight, needs_bias;
+};
+
+struct NormGradients {
+  at::Tensor x, weight, bias;
+};
+
+NormOutputs norm_forward(const at::Tensor& x, const NormInputs& in);
+NormGradients norm_backward(const at::Tensor& y_grad, const at::Tensor& x,
+                            const NormBackwardInputs& in);
+
+}  // namespace redline::ops
