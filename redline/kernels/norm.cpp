@@ -24,14 +24,18 @@ void check(const NormForward& args) {
   check_rows(op, "x", x, x.sizes[0], x.sizes[1]);
   check_floating(op, "x", x);
   REDLINE_CHECK(args.epsilon >= 0, op, ": epsilon: expected 0 or more, not ", args.epsilon);
+  REDLINE_CHECK(!args.statistics_given || !args.residual, op,
+                ": residual: expected none beside given statistics");
   if (args.residual) {
     check_rows(op, "residual", args.residual, x.sizes[0], x.sizes[1]);
     check_mixed(op, "residual", args.residual, x.dtype);
     check_matrix(op, "sum", args.sum, x, args.residual.dtype);
   }
-  check_parameter(op, "weight", args.weight, x.sizes[1], x.dtype);
-  check_parameter(op, "bias", args.bias, x.sizes[1], x.dtype);
-  check_matrix(op, "y", args.y, x, x.dtype);
+  const DType narrow = args.statistics_given ? args.y.dtype : x.dtype;
+  check_mixed(op, "x", x, narrow);
+  check_parameter(op, "weight", args.weight, x.sizes[1], narrow);
+  check_parameter(op, "bias", args.bias, x.sizes[1], narrow);
+  check_matrix(op, "y", args.y, x, narrow);
   check_statistic(op, "inverse_std", args.inverse_std, x);
   if (args.norm == Norm::layer) check_statistic(op, "mean", args.mean, x);
   check_row_count(op, args.row_count);

@@ -20,7 +20,7 @@ struct NormForward {
   TensorView residual;     // [rows, cols], optional; x's dtype or float32
   TensorView weight;       // [cols], optional; x's dtype or float32
   TensorView bias;         // [cols], optional, layer alone; the weight's dtype rule
-  TensorView y;            // [rows, cols], out, x's dtype
+  TensorView y;            // [rows, cols], out, x's dtype; statistics_given: or narrower than x
   TensorView sum;          // [rows, cols], out, residual's dtype; present with a residual
   TensorView mean;         // [rows] accumulation dtype, out, layer alone
   TensorView inverse_std;  // [rows] accumulation dtype, out; r above
@@ -28,6 +28,9 @@ struct NormForward {
   QuantizedOutput quantized;
   double epsilon = 1e-5;
   bool zero_centered = false;
+  // mean and inverse_std are read in place of written, and epsilon is not needed: y once more, with
+  // the bits of the forward pass that made them, whatever it held x in. Without a residual.
+  bool statistics_given = false;
 };
 
 // With xh = (x - m) * r and g = y_grad * w:

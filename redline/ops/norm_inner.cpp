@@ -163,11 +163,40 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
   return {out.x, out.weight, out.bias};
 }
 
+Tensor rebuild(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+               const OptionalTensor& mean, const Tensor& inverse_std, bool zero_centered,
+               at::ScalarType dtype) {
+  const Norm norm = mean ? Norm::layer : Norm::rms;
+  check_input(norm, x);
+  check_devices(op_name(norm), x,
+                {{"weight", value(weight)}, {"bias", value(bias)}, {"inverse_std", inverse_std}});
+  const Tensor y = at::empty_like(x, x.options().dtype(dtype), at::MemoryFormat::Contiguous);
+  if (x.is_meta()) return y;
+  const Tensor x_rows = with_rows(x);
+  const OptionalTensor weight_vector = contiguous(weight), bias_vector = contiguous(bias);
+  const NormForward args{.norm = norm,
+                         .x = view_rows(x_rows),
+                         .residual = {},
+                         .weight = view(weight_vector),
+                         .bias = view(bias_vector),
+                         .y = view_rows(y),
+                         .sum = {},
+                         .mean = mean ? view(mean->reshape({-1})) : TensorView{},
+                         .inverse_std = view(inverse_std.reshape({-1})),
+                         .row_count = {},
+                         .quantized = {},
+                         .zero_centered = zero_centered,
+                         .statistics_given = true};
+  run_rows(x, args, args.x.sizes[0], args.x.sizes[1]);
+  return y;
+}
+
 void implement(torch::Library& m) {
   m.impl("rms_norm_forward", rms_norm_forward);
   m.impl("rms_norm_backward", rms_norm_backward);
   m.impl("layer_norm_forward", layer_norm_forward);
   m.impl("layer_norm_backward", layer_norm_backward);
+  m.impl("norm_rebuild", rebuild);
 }
 
 }  // namespace
@@ -199,7 +228,17 @@ NormGradients norm_backward(const Tensor& y_grad, const Tensor& x, const NormBac
   return {x_grad, weight_grad, bias_grad};
 }
 
+Tensor norm_rebuild(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                    const NormOutputs& statistics, bool zero_centered, at::ScalarType dtype) {
+  static const auto op = find_op<decltype(rebuild)>("redline::norm_rebuild");
+  return op.call(x, weight, bias, optional(statistics.mean), statistics.inverse_std, zero_centered,
+                 dtype);
+}
+
 TORCH_LIBRARY_FRAGMENT(redline, m) {
+  m.def(
+      "norm_rebuild(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor inverse_std, "
+      "bool zero_centered, ScalarType dtype) -> Tensor");
   m.def(
       "rms_norm_forward(Tensor x, Tensor? residual, Tensor? weight, float epsilon, "
       "bool zero_centered, Tensor? row_count) -> (Tensor y, Tensor sum, Tensor inverse_rms)");
@@ -220,7 +259,7 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
 
 const Registration registration({
     .inner_ops = {"rms_norm_forward", "rms_norm_backward", "layer_norm_forward",
-                  "layer_norm_backward"},
+                  "layer_norm_backward", "norm_rebuild"},
     .inner = implement,
 });
 

@@ -15,7 +15,7 @@ struct NormInputs {
 };
 
 struct NormOutputs {
-  at::Tensor y, sum, mean, inverse_std;  // mean: layer alone
+  at::Tensor y = {}, sum = {}, mean = {}, inverse_std = {};  // mean: layer alone
 };
 
 struct NormBackwardInputs {
@@ -30,6 +30,13 @@ struct NormGradients {
 };
 
 NormOutputs norm_forward(const at::Tensor& x, const NormInputs& in);
+
+// forward's y once more, its bits, from x (the sum, with a residual) and the statistics; mean
+// undefined: rms. y is of `dtype`, x of that or float32.
+at::Tensor norm_rebuild(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                        const std::optional<at::Tensor>& bias, const NormOutputs& statistics,
+                        bool zero_centered, at::ScalarType dtype);
+
 NormGradients norm_backward(const at::Tensor& y_grad, const at::Tensor& x,
                             const NormBackwardInputs& in);
 

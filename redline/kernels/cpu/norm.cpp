@@ -68,6 +68,19 @@ struct Statistics {
   Acc mean, inverse_std;
 };
 
+// Those that an earlier pass stored.
+template <typename Acc, typename Args>
+Statistics<Acc> statistics_of(const Args& args, int64_t row) {
+  return {args.mean ? args.mean.template as<const Acc>()[row] : 0,
+          args.inverse_std.template as<const Acc>()[row]};
+}
+
+template <typename Acc>
+void store_statistics(const NormForward& args, int64_t row, Statistics<Acc> found) {
+  args.inverse_std.as<Acc>()[row] = found.inverse_std;
+  if (args.mean) args.mean.as<Acc>()[row] = found.mean;
+}
+
 // Two passes for layer: the sum of (x - mean)^2 loses nothing to cancellation.
 template <typename Acc>
 Statistics<Acc> row_statistics(RowReader<Acc>& x, int64_t cols, Norm norm, double epsilon) {
@@ -102,15 +115,15 @@ void forward_rows(const NormForward& args, Range rows) {
     if (row >= counted) {
       write_zeros(args.y, row);
       if (args.residual) write_zeros(args.sum, row);
-      args.inverse_std.as<Acc>()[row] = 0;
-      if (args.mean) args.mean.as<Acc>()[row] = 0;
+      if (!args.statistics_given) store_statistics<Acc>(args, row, {});
       continue;
     }
     if (args.residual) add_row<Acc>(args, row);
     RowReader<Acc> x(source, row, x_block);
-    const Statistics<Acc> found = row_statistics<Acc>(x, cols, args.norm, args.epsilon);
-    args.inverse_std.as<Acc>()[row] = found.inverse_std;
-    if (args.mean) args.mean.as<Acc>()[row] = found.mean;
+    const Statistics<Acc> found = args.statistics_given
+                                      ? statistics_of<Acc>(args, row)
+                                      : row_statistics<Acc>(x, cols, args.norm, args.epsilon);
+    if (!args.statistics_given) store_statistics<Acc>(args, row, found);
     for_blocks(cols, [&](int64_t col, int count) {
       const Acc* values = x(col, count);
       affine.read_block(col, count);
@@ -200,7 +213,7 @@ RowMeans<Acc> accumulate_row(BackwardRow<Acc>& at, Statistics<Acc> row, Acc* wei
 }
 
 template <typename Acc>
-void write_x_grad(BackwardRow<Acc>& at, RowMeans<Acc> means, Acc mean, Acc inverse_std) {
+void write_x_grad(BackwardRow<Acc>& at, RowMeans<Acc> means, Statistics<Acc> of) {
   const NormBackward& args = at.args;
   const Acc gradient_mean = args.norm == Norm::layer ? means.gradient : 0;
   for_blocks(args.x.sizes[1], [&](int64_t col, int count) {
@@ -212,8 +225,8 @@ void write_x_grad(BackwardRow<Acc>& at, RowMeans<Acc> means, Acc mean, Acc inver
     Acc* out = begin_write(args.x_grad.data, args.x_grad.dtype, offset, at.x_grad_block);
     for_vectors<Acc>(count, [&](int i, int n) {
       const Vector<Acc> g = load(at.y_grad + i, n) * at.affine.scale(i, n);
-      const Vector<Acc> normalized = (load(at.x + i, n) - mean) * inverse_std;
-      Vector<Acc> result = inverse_std * (g - normalized * means.product - gradient_mean);
+      const Vector<Acc> normalized = (load(at.x + i, n) - of.mean) * of.inverse_std;
+      Vector<Acc> result = of.inverse_std * (g - normalized * means.product - gradient_mean);
       if (sum_grad) result += load_ahead(sum_grad + i, n);
       store_ahead(out + i, result, n);
     });
@@ -235,10 +248,8 @@ void backward_rows(const NormBackward& args, int64_t chunk, Range rows) {
       continue;
     }
     at.begin(row);
-    const Acc inverse_std = args.inverse_std.as<const Acc>()[row];
-    const Acc mean = args.mean ? args.mean.as<const Acc>()[row] : 0;
-    const RowMeans<Acc> means = accumulate_row(at, {mean, inverse_std}, weight_sums, bias_sums);
-    write_x_grad(at, means, mean, inverse_std);
+    const Statistics<Acc> of = statistics_of<Acc>(args, row);
+    write_x_grad(at, accumulate_row(at, of, weight_sums, bias_sums), of);
   }
 }
 

@@ -78,6 +78,19 @@ __device__ __forceinline__ void store_output(const Forward& args, int64_t row, C
   }
 }
 
+__device__ __forceinline__ void store_statistics(const Forward& args, int64_t row,
+                                                 Statistics found) {
+  if (args.statistics_given) return;
+  args.inverse_std[row] = found.inverse_std;
+  if (args.mean != nullptr) args.mean[row] = found.mean;
+}
+
+template <bool Layer>
+__device__ __forceinline__ Statistics given_statistics(const Forward& args, int64_t row) {
+  if (row >= args.rows) return {};
+  return {Layer ? args.mean[row] : 0.0f, args.inverse_std[row]};
+}
+
 // Rows from the device's row count on.
 template <typename T, int V, bool Aligned>
 __device__ void zero_row(const Forward& args, int64_t row, Columns<Aligned> at) {
@@ -87,16 +100,7 @@ __device__ void zero_row(const Forward& args, int64_t row, Columns<Aligned> at) 
     store_zeros<Aligned, T>(args.y, row, col, args);
     if (args.sum.data != nullptr) store_zeros<Aligned, T>(args.sum, row, col, args);
   }
-  if (at.col == 0) {
-    args.inverse_std[row] = 0.0f;
-    if (args.mean != nullptr) args.mean[row] = 0.0f;
-  }
-}
-
-__device__ __forceinline__ void store_statistics(const Forward& args, int64_t row,
-                                                 Statistics found) {
-  args.inverse_std[row] = found.inverse_std;
-  if (args.mean != nullptr) args.mean[row] = found.mean;
+  if (at.col == 0) store_statistics(args, row, {});
 }
 
 __device__ __forceinline__ float inverse_root(float squares, const Forward& args) {
@@ -154,8 +158,9 @@ __device__ __forceinline__ Statistics joined_statistics(const Forward& args, con
 }
 
 template <typename Form, typename Tile, typename Group, typename In, bool Aligned>
-__device__ __forceinline__ Statistics statistics_of(const Forward& args, const Group& group, In& in,
-                                                    Columns<Aligned> at) {
+__device__ __forceinline__ Statistics statistics_of(const Forward& args, const Group& group,
+                                                    int64_t row, In& in, Columns<Aligned> at) {
+  if (args.statistics_given) return given_statistics<Form::layer>(args, row);
   if constexpr (Tile::lanes != 0) return warp_statistics<Form::layer>(args, group, in, at);
   if constexpr (Form::layer) return joined_statistics<Tile>(args, group, in, at);
   float squares[1] = {in.squares(0.0f, at)};
@@ -195,7 +200,7 @@ __global__ void __launch_bounds__(Tile::most_threads, blocks_per_sm<Form, Tile>)
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     const int64_t row = first_row + r * Tile::groups;
-    const Statistics found = statistics_of<Form, Tile>(args, group, in[r], at);
+    const Statistics found = statistics_of<Form, Tile>(args, group, row, in[r], at);
     if (row >= args.rows) continue;
     if (row >= counted) {
       zero_row<T, V>(args, row, at);
@@ -210,21 +215,12 @@ __global__ void __launch_bounds__(Tile::most_threads, blocks_per_sm<Form, Tile>)
   }
 }
 
-// Rows that outgrow the registers of a cluster, or of a block where there are no clusters.
-template <typename Form, int Threads>
-__global__ void __launch_bounds__(Threads) long_forward_kernel(const Forward args) {
-  using T = typename Form::T;
-  constexpr bool Layer = Form::layer, Aligned = Form::aligned;
-  constexpr int N = vector_size<T>, V = 2, step = Threads * N, stride = V * step;
+// Of a row that a block reads once more for every sum, through `in`. `at` gives the columns of a
+// thread from its column `first` on.
+template <typename Form, int Threads, typename In, typename At>
+__device__ __forceinline__ Statistics long_statistics(const Forward& args, int64_t row, In& in,
+                                                      int first, int stride, At at) {
   __shared__ float scratch[2][32];
-  const int64_t row = blockIdx.x;
-  const int first = threadIdx.x * N;
-  const auto at = [&](int col) { return Columns<Aligned>{col, step, args.cols}; };
-  if (row >= counted_rows(args)) {
-    for (int col = first; col < args.cols; col += stride) zero_row<T, V>(args, row, at(col));
-    return;
-  }
-  RowInput<T, typename Form::X, V> in;
   float total[1] = {}, squares[1] = {};
   for (int col = first; col < args.cols; col += stride) {
     in.load(args, row, at(col));
@@ -232,7 +228,7 @@ __global__ void __launch_bounds__(Threads) long_forward_kernel(const Forward arg
     squares[0] += in.squares(0.0f, at(col));
   }
   float mean = 0.0f;
-  if constexpr (Layer) {
+  if constexpr (Form::layer) {
     block_sum<Threads>(total, scratch[0]);
     mean = total[0] / args.cols;
     squares[0] = 0.0f;
@@ -242,7 +238,26 @@ __global__ void __launch_bounds__(Threads) long_forward_kernel(const Forward arg
     }
   }
   block_sum<Threads>(squares, scratch[1]);
-  const Statistics found = {mean, inverse_root(squares[0], args)};
+  return {mean, inverse_root(squares[0], args)};
+}
+
+// Rows that outgrow the registers of a cluster, or of a block where there are no clusters.
+template <typename Form, int Threads>
+__global__ void __launch_bounds__(Threads) long_forward_kernel(const Forward args) {
+  using T = typename Form::T;
+  constexpr bool Layer = Form::layer, Aligned = Form::aligned;
+  constexpr int N = vector_size<T>, V = 2, step = Threads * N, stride = V * step;
+  const int64_t row = blockIdx.x;
+  const int first = threadIdx.x * N;
+  const auto at = [&](int col) { return Columns<Aligned>{col, step, args.cols}; };
+  if (row >= counted_rows(args)) {
+    for (int col = first; col < args.cols; col += stride) zero_row<T, V>(args, row, at(col));
+    return;
+  }
+  RowInput<T, typename Form::X, V> in;
+  const Statistics found = args.statistics_given
+                               ? given_statistics<Layer>(args, row)
+                               : long_statistics<Form, Threads>(args, row, in, first, stride, at);
   if (threadIdx.x == 0) store_statistics(args, row, found);
   for (int col = first; col < args.cols; col += stride) {
     in.reload(args, row, at(col));
@@ -288,7 +303,8 @@ template <typename T, bool Layer>
 void choose_forward(const Forward& args, bool aligned, Stream stream) {
   if (!aligned) return launch_forward<Form<T, float, Layer, false>>(args, stream);
   if constexpr (sizeof(T) == 2) {
-    if (args.residual.data == nullptr || !args.sum.is_float32) {
+    const Matrix& normalized = args.residual.data == nullptr ? args.x : args.sum;
+    if (!normalized.is_float32) {
       return launch_forward<Form<T, T, Layer, true>>(args, stream);
     }
   }
@@ -304,8 +320,9 @@ void run(const NormForward& norm, Stream stream) {
       is_aligned({&norm.x, &norm.residual, &norm.sum, &norm.weight, &norm.bias, &norm.y});
   const Forward args = {common(norm, norm.x), matrix(norm.residual),
                         matrix(norm.sum),     matrix(norm.bias),
-                        matrix(norm.y),       static_cast<float>(norm.epsilon)};
-  visit_dtype<float, bfloat16, float16>("norm", norm.x.dtype, [&]<typename T>() {
+                        matrix(norm.y),       static_cast<float>(norm.epsilon),
+                        norm.statistics_given};
+  visit_dtype<float, bfloat16, float16>("norm", norm.y.dtype, [&]<typename T>() {
     visit_bool(norm.norm == Norm::layer,
                [&]<bool layer>() { choose_forward<device_type<T>, layer>(args, aligned, stream); });
   });

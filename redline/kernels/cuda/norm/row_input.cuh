@@ -9,6 +9,7 @@ namespace {
 struct Forward : Common {
   Matrix residual, sum, bias, y;
   float epsilon;
+  bool statistics_given;
 };
 
 // What is normalised, as it lies in memory: half the registers of its float32, and so twice the
