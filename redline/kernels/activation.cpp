@@ -1,5 +1,6 @@
 #include "redline/kernels/activation.h"
 
+#include <optional>
 #include <string_view>
 
 #include "redline/kernels/cpu/activation.h"
@@ -16,18 +17,24 @@ const cpu::ActivationKernels& kernels() {
                      cpu::avx512::activation_kernels);
 }
 
-}  // namespace
-
-Activation activation_from(std::string_view kind) {
+std::optional<Activation> named(std::string_view kind) {
   if (kind == "gelu") return Activation::gelu;
   if (kind == "gelu_erf") return Activation::gelu_erf;
   if (kind == "quick_gelu") return Activation::quick_gelu;
   if (kind == "silu") return Activation::silu;
   if (kind == "relu") return Activation::relu;
-  REDLINE_CHECK(
-      kind == "squared_relu", op,
-      ": kind: expected one of gelu, gelu_erf, quick_gelu, silu, relu, squared_relu, not ", kind);
-  return Activation::squared_relu;
+  if (kind == "squared_relu") return Activation::squared_relu;
+  return std::nullopt;
+}
+
+}  // namespace
+
+bool is_activation(std::string_view kind) { return named(kind).has_value(); }
+
+Activation activation_from(std::string_view kind) {
+  const std::optional<Activation> found = named(kind);
+  REDLINE_CHECK(found, op, ": kind: expected one of ", activation_kinds, ", not ", kind);
+  return *found;
 }
 
 void check(const ActivationForward& args) {
@@ -48,6 +55,7 @@ void check(const ActivationBackward& args) {
   check_matrix(op, "y_grad", args.y_grad, x, x.dtype);
   check_parameter(op, "bias", args.bias, x.sizes[1], x.dtype);
   check_matrix(op, "x_grad", args.x_grad, x, x.dtype);
+  if (args.y) check_matrix(op, "y", args.y, x, x.dtype);
   check_column_sums(op, "bias_grad", args.bias_grad, x.sizes[1], accumulation_dtype(x.dtype));
 }
 

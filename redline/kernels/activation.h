@@ -19,6 +19,10 @@ namespace redline {
 
 enum class Activation { gelu, gelu_erf, quick_gelu, silu, relu, squared_relu };
 
+constexpr const char* activation_kinds = "gelu, gelu_erf, quick_gelu, silu, relu, squared_relu";
+
+bool is_activation(std::string_view kind);
+
 // Throws Error for a name that is none of the above.
 Activation activation_from(std::string_view kind);
 
@@ -38,6 +42,7 @@ struct ActivationBackward {
   TensorView bias;       // [cols], optional
   TensorView x_grad;     // [rows, cols], out, x's dtype
   ColumnSums bias_grad;  // optional
+  TensorView y;          // [rows, cols], out, optional: forward's once more, its bits
 };
 
 // Throw Error where a shape or dtype does not fit.

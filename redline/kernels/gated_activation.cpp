@@ -1,5 +1,6 @@
 #include "redline/kernels/gated_activation.h"
 
+#include <optional>
 #include <string_view>
 
 #include "redline/kernels/cpu/gated_activation.h"
@@ -29,17 +30,23 @@ void check_inputs(const Args& args) {
   check_row_count(op, args.row_count);
 }
 
-}  // namespace
-
-GatedActivation gated_activation_from(std::string_view kind) {
+std::optional<GatedActivation> named(std::string_view kind) {
   if (kind == "swiglu") return GatedActivation::swiglu;
   if (kind == "geglu") return GatedActivation::geglu;
   if (kind == "reglu") return GatedActivation::reglu;
   if (kind == "quick_geglu") return GatedActivation::quick_geglu;
-  REDLINE_CHECK(kind == "clamped_swiglu", op,
-                ": kind: expected one of swiglu, geglu, reglu, quick_geglu, clamped_swiglu, not ",
-                kind);
-  return GatedActivation::clamped_swiglu;
+  if (kind == "clamped_swiglu") return GatedActivation::clamped_swiglu;
+  return std::nullopt;
+}
+
+}  // namespace
+
+bool is_gated_activation(std::string_view kind) { return named(kind).has_value(); }
+
+GatedActivation gated_activation_from(std::string_view kind) {
+  const std::optional<GatedActivation> found = named(kind);
+  REDLINE_CHECK(found, op, ": kind: expected one of ", gated_activation_kinds, ", not ", kind);
+  return *found;
 }
 
 void check(const GatedActivationForward& args) {
@@ -54,6 +61,7 @@ void check(const GatedActivationBackward& args) {
   check_matrix(op, "y_grad", args.y_grad, gate, gate.dtype);
   check_matrix(op, "gate_grad", args.gate_grad, gate, gate.dtype);
   check_matrix(op, "linear_grad", args.linear_grad, gate, gate.dtype);
+  if (args.y) check_matrix(op, "y", args.y, gate, gate.dtype);
   check_parameter(op, "row_scale_grad", args.row_scale_grad, gate.sizes[0], gate.dtype);
   check_column_sums(op, "bias_grad", args.bias_grad, 2 * gate.sizes[1],
                     accumulation_dtype(gate.dtype));

@@ -19,6 +19,10 @@ namespace redline {
 
 enum class GatedActivation { swiglu, geglu, reglu, quick_geglu, clamped_swiglu };
 
+constexpr const char* gated_activation_kinds = "swiglu, geglu, reglu, quick_geglu, clamped_swiglu";
+
+bool is_gated_activation(std::string_view kind);
+
 // Throws Error for a name that is none of the above.
 GatedActivation gated_activation_from(std::string_view kind);
 
@@ -55,6 +59,7 @@ struct GatedActivationBackward {
   TensorView linear_grad;     // [rows, cols], out
   TensorView row_scale_grad;  // [rows], out, optional; row_scale's dtype
   ColumnSums bias_grad;       // [2 * cols], optional
+  TensorView y;               // [rows, cols], out, optional: forward's once more, its bits
 };
 
 // Throw Error where a shape or dtype does not fit.

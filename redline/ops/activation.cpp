@@ -38,33 +38,61 @@ Tensor activation_forward(const Tensor& x, const OptionalTensor& bias, std::stri
   return y;
 }
 
-std::tuple<Tensor, Tensor> activation_backward(const Tensor& y_grad, const Tensor& x,
-                                               const OptionalTensor& bias, std::string_view kind,
-                                               bool needs_bias) {
+// What backward is asked for beside x_grad.
+struct Needs {
+  bool bias, y;
+};
+
+struct BackwardOutputs {
+  Tensor x_grad, bias_grad, y;  // y: forward's once more, undefined where it is not needed
+};
+
+BackwardOutputs backward(const Tensor& y_grad, const Tensor& x, const OptionalTensor& bias,
+                         std::string_view kind, Needs needs) {
   check_input(x);
   check_devices("activation", x, {{"y_grad", y_grad}, {"bias", value(bias)}});
   const Activation activation = activation_from(kind);
   Tensor x_grad = at::empty_like(x, at::MemoryFormat::Contiguous);
-  Tensor bias_grad = empty_gradient("activation", "bias", bias, needs_bias, x);
-  if (x.is_meta()) return {x_grad, bias_grad};
+  Tensor bias_grad = empty_gradient("activation", "bias", bias, needs.bias, x);
+  const Tensor y = needs.y ? at::empty_like(x_grad) : Tensor();
+  if (x.is_meta()) return {x_grad, bias_grad, y};
   const Tensor x_rows = with_rows(x), y_grad_rows = with_rows(y_grad);
   const OptionalTensor bias_vector = contiguous(bias);
   const bool flat = !bias && x_rows.is_contiguous() && y_grad_rows.is_contiguous();
-  const auto viewed = [flat](const Tensor& t) { return flat ? view_flat(t) : view_rows(t); };
+  const auto viewed = [flat](const Tensor& t) {
+    return flat && t.defined() ? view_flat(t) : view_rows(t);
+  };
   const TensorView x_view = viewed(x_rows);
-  const Tensor partial = column_partial(bias_grad, needs_bias, x_view.sizes[0]);
+  const Tensor partial = column_partial(bias_grad, needs.bias, x_view.sizes[0]);
   const ActivationBackward args{.kind = activation,
                                 .y_grad = viewed(y_grad_rows),
                                 .x = x_view,
                                 .bias = view(bias_vector),
                                 .x_grad = viewed(x_grad),
-                                .bias_grad = column_sums(partial, bias_grad)};
-  if (!needs_bias) {
+                                .bias_grad = column_sums(partial, bias_grad),
+                                .y = viewed(y)};
+  if (!needs.bias) {
     run_elements(x, args, x.numel());
   } else if (!run_on_cuda(x, args)) {
     run_chunks(args, args.bias_grad);
   }
-  return {x_grad, bias_grad};
+  return {x_grad, bias_grad, y};
+}
+
+std::tuple<Tensor, Tensor> activation_backward(const Tensor& y_grad, const Tensor& x,
+                                               const OptionalTensor& bias, std::string_view kind,
+                                               bool needs_bias) {
+  const BackwardOutputs out = backward(y_grad, x, bias, kind, {.bias = needs_bias, .y = false});
+  return {out.x_grad, out.bias_grad};
+}
+
+std::tuple<Tensor, Tensor, Tensor> activation_backward_rebuild(const Tensor& y_grad,
+                                                               const Tensor& x,
+                                                               const OptionalTensor& bias,
+                                                               std::string_view kind,
+                                                               bool needs_bias) {
+  const BackwardOutputs out = backward(y_grad, x, bias, kind, {.bias = needs_bias, .y = true});
+  return {out.x_grad, out.bias_grad, out.y};
 }
 
 // Through the dispatcher, so that tracing sees the inner op.
@@ -101,6 +129,7 @@ Tensor differentiable(const Tensor& x, const OptionalTensor& bias, std::string_v
 void implement_inner(torch::Library& m) {
   m.impl("activation_forward", activation_forward);
   m.impl("activation_backward", activation_backward);
+  m.impl("activation_backward_rebuild", activation_backward_rebuild);
 }
 
 }  // namespace
@@ -118,11 +147,14 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
   m.def(
       "activation_backward(Tensor y_grad, Tensor x, Tensor? bias, str kind, bool needs_bias) "
       "-> (Tensor x_grad, Tensor bias_grad)");
+  m.def(
+      "activation_backward_rebuild(Tensor y_grad, Tensor x, Tensor? bias, str kind, "
+      "bool needs_bias) -> (Tensor x_grad, Tensor bias_grad, Tensor y)");
 }
 
 const Registration registration({
     .public_ops = {"activation"},
-    .inner_ops = {"activation_forward", "activation_backward"},
+    .inner_ops = {"activation_forward", "activation_backward", "activation_backward_rebuild"},
     .inner = implement_inner,
     .without_derivative = [](torch::Library& m) { m.impl("activation", call_forward); },
     .differentiable = [](torch::Library& m) { m.impl("activation", differentiable); },

@@ -103,27 +103,33 @@ Tensor forward(const Tensor& x, const OptionalTensor& linear, const Options& opt
 
 struct Gradients {
   Tensor x, linear, bias, row_scale;  // x: the packed gradient, or the gate's
+  Tensor y = {};                      // forward's once more
+};
+
+// What backward is asked for beside the inputs' gradients.
+struct Needs {
+  bool bias, row_scale, y = false;
 };
 
 Gradients backward(const Tensor& y_grad, const Tensor& x, const OptionalTensor& linear,
-                   const Options& options, bool needs_bias, bool needs_row_scale) {
+                   const Options& options, Needs needs) {
   const GatedActivationKind kind = kind_from(options);
   check_inputs(x, linear, options);
   check_devices(op_name, x, {{"y_grad", y_grad}});
   const auto like = [&](const char* name, bool wanted, const OptionalTensor& tensor) {
     return empty_gradient(op_name, name, tensor, wanted, x);
   };
-  const Gradients out = {at::empty_like(x, at::MemoryFormat::Contiguous),
-                         like("linear", linear.has_value(), linear),
-                         like("bias", needs_bias, options.bias),
-                         like("row_scale", needs_row_scale, options.row_scale)};
+  const Gradients out = {
+      at::empty_like(x, at::MemoryFormat::Contiguous), like("linear", linear.has_value(), linear),
+      like("bias", needs.bias, options.bias), like("row_scale", needs.row_scale, options.row_scale),
+      needs.y ? empty_output(x, linear) : Tensor()};
   if (x.is_meta()) return out;
   const Tensor x_rows = with_rows(x), linear_rows = with_rows(value(linear)),
                y_grad_rows = with_rows(y_grad);
   const OptionalTensor bias = contiguous(options.bias), row_scale = contiguous(options.row_scale);
   const auto [gate_view, linear_view] = halves(x_rows, linear_rows);
   const auto [gate_grad, linear_grad] = halves(out.x, linear ? out.linear : Tensor());
-  const Tensor partial = column_partial(out.bias, needs_bias, gate_view.sizes[0]);
+  const Tensor partial = column_partial(out.bias, needs.bias, gate_view.sizes[0]);
   const GatedActivationBackward args{
       .activation = kind,
       .y_grad = view_rows(y_grad_rows),
@@ -134,9 +140,10 @@ Gradients backward(const Tensor& y_grad, const Tensor& x, const OptionalTensor& 
       .row_count = view(options.row_count),
       .gate_grad = gate_grad,
       .linear_grad = linear_grad,
-      .row_scale_grad = needs_row_scale ? view(out.row_scale.view({-1})) : TensorView{},
-      .bias_grad = column_sums(partial, out.bias)};
-  if (!needs_bias) {
+      .row_scale_grad = needs.row_scale ? view(out.row_scale.view({-1})) : TensorView{},
+      .bias_grad = column_sums(partial, out.bias),
+      .y = view_rows(out.y)};
+  if (!needs.bias) {
     run_rows(x, args, args.gate.sizes[0], args.gate.sizes[1]);
   } else if (!run_on_cuda(x, args)) {
     run_chunks(args, args.bias_grad);
@@ -163,8 +170,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_activation_backward(
   const Gradients out =
       backward(y_grad, x, linear,
                {std::string(kind), bias, row_scale, limit, alpha, linear_offset, row_count},
-               needs_bias, needs_row_scale);
+               {.bias = needs_bias, .row_scale = needs_row_scale});
   return {out.x, out.linear, out.bias, out.row_scale};
+}
+
+// Of the packed form.
+std::tuple<Tensor, Tensor, Tensor> gated_activation_backward_rebuild(const Tensor& y_grad,
+                                                                     const Tensor& x,
+                                                                     const OptionalTensor& bias,
+                                                                     std::string_view kind,
+                                                                     bool needs_bias) {
+  const Gradients out = backward(y_grad, x, {}, {.kind = std::string(kind), .bias = bias},
+                                 {.bias = needs_bias, .row_scale = false, .y = true});
+  return {out.x, out.bias, out.y};
 }
 
 // Through the dispatcher, so that tracing sees the inner ops.
@@ -253,6 +271,7 @@ struct Public {
 void implement_inner(torch::Library& m) {
   m.impl("gated_activation_forward", gated_activation_forward);
   m.impl("gated_activation_backward", gated_activation_backward);
+  m.impl("gated_activation_backward_rebuild", gated_activation_backward_rebuild);
 }
 
 }  // namespace
@@ -291,11 +310,15 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
       "Tensor? row_scale, float? limit, float? alpha, float? linear_offset, Tensor? row_count, "
       "bool needs_bias, bool needs_row_scale) "
       "-> (Tensor x_grad, Tensor linear_grad, Tensor bias_grad, Tensor row_scale_grad)");
+  m.def(
+      "gated_activation_backward_rebuild(Tensor y_grad, Tensor x, Tensor? bias, str kind, "
+      "bool needs_bias) -> (Tensor x_grad, Tensor bias_grad, Tensor y)");
 }
 
 const Registration registration({
     .public_ops = {"gated_activation", "gated_activation_pair"},
-    .inner_ops = {"gated_activation_forward", "gated_activation_backward"},
+    .inner_ops = {"gated_activation_forward", "gated_activation_backward",
+                  "gated_activation_backward_rebuild"},
     .inner = implement_inner,
     .without_derivative = Public<call_forward>::implement,
     .differentiable = Public<differentiable>::implement,

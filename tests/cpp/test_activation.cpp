@@ -44,7 +44,8 @@ TEST(Activation, BackwardWritesEveryGradient) {
                                     .x = x,
                                     .bias = bias,
                                     .x_grad = x_grad,
-                                    .bias_grad = {.partial = partial, .total = bias_grad}};
+                                    .bias_grad = {.partial = partial, .total = bias_grad},
+                                    .y = {}};
       check(args);
       run(args, Range{0, chunks});
       finish(args, Range{0, s.cols});

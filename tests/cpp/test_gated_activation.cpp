@@ -50,7 +50,8 @@ struct Tensors {
             .gate_grad = half(packed_grad, 0),
             .linear_grad = half(packed_grad, 1),
             .row_scale_grad = row_scale_grad,
-            .bias_grad = {.partial = partial, .total = bias_grad}};
+            .bias_grad = {.partial = partial, .total = bias_grad},
+            .y = {}};
   }
 
   // The first or second half of the columns: a view with a gap behind each row.

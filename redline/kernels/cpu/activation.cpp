@@ -34,6 +34,7 @@ void backward_elements(const ActivationBackward& args, int64_t chunk, Range elem
     const T* x = at<const T>(args.x, row, col);
     const T* y_grad = at<const T>(args.y_grad, row, col);
     T* x_grad = at<T>(args.x_grad, row, col);
+    T* y = args.y ? at<T>(args.y, row, col) : nullptr;
     const Acc* bias = read_optional(args.bias, col, count, bias_block);
     Acc* sums = bias_sums ? bias_sums + col : nullptr;
     for_vectors<Acc>(count, [&](int i, int n) {
@@ -42,6 +43,7 @@ void backward_elements(const ActivationBackward& args, int64_t chunk, Range elem
       Kind::derive(v, value, derivative);
       const Vector<Acc> gradient = load_wide(y_grad + i, n) * derivative;
       store_narrow(x_grad + i, gradient, n);
+      if (y) store_narrow(y + i, value, n);
       if (sums) add_to(sums + i, gradient, n);
     });
   });

@@ -120,6 +120,7 @@ struct Backward {
     const T* y_grad = at<const T>(args.y_grad, row, col);
     T* gate_grad = at<T>(args.gate_grad, row, col);
     T* linear_grad = at<T>(args.linear_grad, row, col);
+    T* y = args.y ? at<T>(args.y, row, col) : nullptr;
     return sum<Acc>(count, [&](int i, int n) REDLINE_INLINED {
       const Vector<Acc> g = load_wide(y_grad + i, n), b = in.b(i, n), linear = kind.linear(b);
       Vector<Acc> value, derivative;
@@ -129,6 +130,7 @@ struct Backward {
       const Vector<Acc> to_linear = kind.linear_gradient(b, scaled * value);
       store_narrow(gate_grad + i, to_gate, n);
       store_narrow(linear_grad + i, to_linear, n);
+      if (y) store_narrow(y + i, value * linear * scale, n);
       if (gate_sums) {
         add_to(gate_sums + col + i, to_gate, n);
         add_to(linear_sums + col + i, to_linear, n);
@@ -152,6 +154,7 @@ struct Backward {
       if (row >= counted) {
         write_zeros(args.gate_grad, row);
         write_zeros(args.linear_grad, row);
+        if (args.y) write_zeros(args.y, row);
       } else {
         const Acc scale = row_scale_of<Acc>(args.row_scale, row);
         for_blocks(args.gate.sizes[1],

@@ -55,7 +55,7 @@ struct Backward : Common {
   struct Input {
     Packed<T> x, y_grad;
   };
-  Matrix y_grad, x_grad;
+  Matrix y_grad, x_grad, y;
 
   template <bool Aligned>
   __device__ __forceinline__ Input load(const Place<Aligned>& at) const {
@@ -68,11 +68,12 @@ struct Backward : Common {
     add_bias<T>(*this, at, in.x, values);
 #pragma unroll
     for (int i = 0; i < size; ++i) {
-      float value, derivative;
-      Function::derive(values[i], value, derivative);
+      float derivative;
+      Function::derive(values[i], values[i], derivative);
       result[i] = element(in.y_grad, i) * derivative;
     }
     store(x_grad.row<T>(at.row), at, pack<T>(result));
+    if (y.data != nullptr) store(y.row<T>(at.row), at, pack<T>(values));
   }
   template <bool Aligned>
   __device__ __forceinline__ void run(const Place<Aligned>& at, const Input& in) const {
@@ -129,11 +130,12 @@ void run(const ActivationForward& args, Stream stream) {
 void run(const ActivationBackward& args, Stream stream) {
   using namespace cuda;
   const bool flat = is_flat(args.x) && !args.bias;
-  const bool aligned = is_aligned({&args.x, &args.bias, &args.y_grad, &args.x_grad});
+  const bool aligned = is_aligned({&args.x, &args.bias, &args.y_grad, &args.x_grad, &args.y});
   visit_kind(args.kind, args.x.dtype, [&]<typename T, typename Function>() {
     const Common common = {extent("activation", args.x, vector_size<T>, flat), matrix(args.x, flat),
                            matrix(args.bias, false)};
-    const Backward<T, Function> op{common, matrix(args.y_grad, flat), matrix(args.x_grad, flat)};
+    const Backward<T, Function> op{common, matrix(args.y_grad, flat), matrix(args.x_grad, flat),
+                                   matrix(args.y, flat)};
     if (args.bias_grad.total) {
       launch_columns(op, args.bias_grad, aligned, stream);
     } else {

@@ -19,8 +19,9 @@ struct Backward : Common {
   struct Gradients {
     float gate[size], linear[size];
     float row_scale;  // this vector's part
+    Packed<T> y;
   };
-  Matrix y_grad, gate_grad, linear_grad, row_scale_grad;
+  Matrix y_grad, gate_grad, linear_grad, row_scale_grad, y;
 
   template <bool Aligned>
   __device__ __forceinline__ Input load(const Place<Aligned>& at) const {
@@ -31,7 +32,7 @@ struct Backward : Common {
   __device__ __forceinline__ Gradients compute(const Place<Aligned>& at, const Input& in) const {
     Gradients out = {};
     if (!counts(at.row)) return out;
-    float a[size], b[size];
+    float a[size], b[size], result[size];
     add_bias<T>(at, 0, in.gate, a);
     add_bias<T>(at, extent.cols, in.linear, b);
     const float factor = scale<T>(at.row);
@@ -43,7 +44,9 @@ struct Backward : Common {
       out.gate[i] = g * factor * second * derivative;
       out.linear[i] = Kind::linear_gradient(b[i], g * factor * value, parameters);
       out.row_scale += g * value * second;
+      result[i] = value * second * factor;
     }
+    out.y = pack<T>(result);
     return out;
   }
   template <bool Aligned>
@@ -51,6 +54,7 @@ struct Backward : Common {
                                                   const Gradients& out) const {
     store(gate_grad.row<T>(at.row), at, pack<T>(out.gate));
     store(linear_grad.row<T>(at.row), at, pack<T>(out.linear));
+    if (y.data != nullptr) store(y.row<T>(at.row), at, out.y);
   }
   template <bool Aligned>
   __device__ __forceinline__ void run(const Place<Aligned>& at, const Input& in) const {
@@ -124,12 +128,12 @@ void launch_rows(const Op& op, bool with_gradients, bool aligned, Stream stream)
 
 void run(const GatedActivationBackward& args, Stream stream) {
   using namespace cuda;
-  const bool aligned = is_aligned(
-      {&args.gate, &args.linear, &args.bias, &args.y_grad, &args.gate_grad, &args.linear_grad});
+  const bool aligned = is_aligned({&args.gate, &args.linear, &args.bias, &args.y_grad,
+                                   &args.gate_grad, &args.linear_grad, &args.y});
   visit_kind(args.activation.kind, args.gate.dtype, [&]<typename T, typename Kind>() {
-    const Backward<T, Kind> op{common(args, vector_size<T>), matrix(args.y_grad, false),
-                               matrix(args.gate_grad, false), matrix(args.linear_grad, false),
-                               matrix(args.row_scale_grad, false)};
+    const Backward<T, Kind> op{common(args, vector_size<T>),       matrix(args.y_grad, false),
+                               matrix(args.gate_grad, false),      matrix(args.linear_grad, false),
+                               matrix(args.row_scale_grad, false), matrix(args.y, false)};
     const bool with_bias = static_cast<bool>(args.bias_grad.total);
     if (with_bias) launch_columns(op, args.bias_grad, aligned, stream);
     if (args.row_scale_grad) {
