@@ -1,15 +1,18 @@
 # What Python loads: the ops, with their derivatives and registrations. No Python binding inside.
 list(TRANSFORM REDLINE_OPS PREPEND redline/ops/ OUTPUT_VARIABLE REDLINE_OP_SOURCES)
 list(TRANSFORM REDLINE_OP_SOURCES APPEND .cpp)
-# attention and linear have no kernels of ours: they stand on torch's own.
-list(APPEND REDLINE_OP_SOURCES redline/ops/attention.cpp redline/ops/linear.cpp)
+# These have no kernels of their own: they stand on torch's, or on other ops'.
+list(APPEND REDLINE_OP_SOURCES redline/ops/attention.cpp redline/ops/linear.cpp
+     redline/ops/norm_linear.cpp redline/ops/norm_mlp.cpp)
 
 add_library(
   redline_ops SHARED
   ${REDLINE_OP_SOURCES}
+  redline/ops/activation_part.cpp
   redline/ops/adamw_optimizer.cpp
   redline/ops/library.cpp
   redline/ops/norm_inner.cpp
+  redline/ops/norm_part.cpp
   redline/ops/philox.cpp
   redline/ops/run.cpp)
 target_link_libraries(redline_ops PUBLIC redline_core torch_wheel PRIVATE redline_kernels)

@@ -1,9 +1,11 @@
 """What every op must do whatever it computes: one function per promise, used by each test file."""
 
+import contextlib
 import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import strided
 
@@ -71,6 +73,19 @@ def gradient_ignores_strides_and_neighbours(op, inputs, rows):
     for row in rows:
         one = slice(row, row + 1)
         assert torch.equal(gradient(x[one], upstream[one], *rest), expected[one]), f"row {row}"
+
+
+@contextlib.contextmanager
+def seen_calls(names):
+    """Appends the name of every op that is called below autograd, backward included."""
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        yield
 
 
 def passes_opcheck(op, args, kwargs=None, inner=False):

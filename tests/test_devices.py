@@ -43,6 +43,14 @@ FAMILIES = {
         lambda w: ops.embedding(torch.arange(99, device=w.device) % ROWS, w),
         [(ROWS, COLS)],
     ),
+    "norm_linear": (
+        lambda x, g, w: ops.norm_linear(x, g, None, w),
+        [(ROWS, COLS), (COLS,), (16, COLS)],
+    ),
+    "norm_mlp": (
+        lambda x, g, up, down: ops.norm_mlp(x, g, None, up, None, down),
+        [(ROWS, COLS), (COLS,), (32, COLS), (COLS, 16)],
+    ),
     "attention": (functools.partial(ops.attention, causal=True), [(2, 9, 4, 16)] * 3),
 }
 families = pytest.mark.parametrize("name", FAMILIES)

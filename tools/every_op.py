@@ -74,6 +74,17 @@ def heads(dtype):
     weight, x = draw(24, 40, dtype=dtype), draw(7, 40, dtype=dtype)
     main_grad = torch.zeros(24, 40, device="cuda")
     both(lambda a, w: ops.linear(a, w, main_grad=main_grad), x, weight)
+    gain, fc1, fc2 = (draw(*s, dtype=dtype) for s in ((40,), (48, 40), (40, 24)))
+    both(lambda a, g, w: ops.norm_linear(a, g, None, w, main_grad=main_grad), x, gain, weight)
+    both(lambda a, g, w1, w2: ops.norm_mlp(a, g, None, w1, None, w2), x, gain, fc1, fc2)
+    both(
+        lambda a, g, b, w1, w2: ops.norm_mlp(a, g, None, w1, b, w2, residual=x, activation="gelu"),
+        x,
+        gain,
+        draw(24, dtype=dtype),
+        fc1[:24],
+        fc2,
+    )
     if dtype == torch.bfloat16:
         q, k, v = (draw(2, 64, h, 64, dtype=dtype) for h in (4, 2, 2))
         both(lambda a, b, c: ops.attention(a, b, c, causal=True), q, k, v)

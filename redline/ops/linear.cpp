@@ -21,7 +21,7 @@ constexpr ProductNames names = {.op = op_name};
 
 void check_inputs(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                   const WeightGradientOptions& options) {
-  check_weight(names, x, weight, bias);
+  check_weight(names, x, x.scalar_type(), weight, bias);
   TORCH_CHECK(x.sym_size(-1) == weight.sym_size(1), op_name, ": x: expected a last dimension of ",
               weight.sym_size(1), ", not ", x.sym_size(-1));
   check_weight_gradient(names, weight, options);
@@ -140,22 +140,27 @@ void implement_inner(torch::Library& m) { m.impl("linear_weight_grad_into", weig
 
 // --- for nodes that hold a product --------------------------------------------------------------
 
-void check_weight(const ProductNames& names, const Tensor& x, const Tensor& weight,
-                  const OptionalTensor& bias) {
+at::ScalarType product_dtype(const Tensor& x, const Tensor& weight) {
+  return x.scalar_type() == at::kFloat && is_16_bit(weight) ? weight.scalar_type()
+                                                            : x.scalar_type();
+}
+
+void check_weight(const ProductNames& names, const Tensor& x, at::ScalarType dtype,
+                  const Tensor& weight, const OptionalTensor& bias) {
   const auto& [op, weight_name, bias_name, main_grad_name, dummy_grad_name] = names;
   TORCH_CHECK(x.dim() >= 1, op, ": x: expected at least one dimension, not a scalar");
   TORCH_CHECK(at::isFloatingType(x.scalar_type()), op, ": x: expected a floating dtype, not ",
               x.scalar_type());
   TORCH_CHECK(weight.dim() == 2, op, ": ", weight_name, ": expected [out, in], not a rank of ",
               weight.dim());
-  TORCH_CHECK(weight.scalar_type() == x.scalar_type(), op, ": ", weight_name, ": expected ",
-              x.scalar_type(), " as x has, not ", weight.scalar_type());
+  TORCH_CHECK(weight.scalar_type() == dtype, op, ": ", weight_name, ": expected ", dtype,
+              " as x has, not ", weight.scalar_type());
   check_devices(op, x, {{weight_name, weight}, {bias_name, value(bias)}});
   if (!bias) return;
   TORCH_CHECK(bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), op, ": ", bias_name,
               ": expected [", weight.sym_size(0), "], not ", bias->sym_sizes());
-  TORCH_CHECK(bias->scalar_type() == x.scalar_type(), op, ": ", bias_name, ": expected ",
-              x.scalar_type(), " as x has, not ", bias->scalar_type());
+  TORCH_CHECK(bias->scalar_type() == dtype, op, ": ", bias_name, ": expected ", dtype, " as ",
+              weight_name, " has, not ", bias->scalar_type());
 }
 
 void check_weight_gradient(const ProductNames& names, const Tensor& weight,
@@ -215,6 +220,10 @@ Tensor product_weight_grad(const Tensor& y_grad, const Tensor& x,
 
 Tensor cast_for_product(const Tensor& tensor, c10::DeviceType device) {
   return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), tensor, device);
+}
+
+Tensor narrow_for_product(const Tensor& x, c10::DeviceType device) {
+  return is_16_bit(x) ? cast_for_product(x, device) : x;
 }
 
 // --- public -------------------------------------------------------------------------------------

@@ -62,9 +62,14 @@ struct ProductNames {
   const char* dummy_grad = "dummy_grad";
 };
 
-// weight [out, in] and bias [out] beside x; x's last dimension is the caller's to compare.
-void check_weight(const ProductNames& names, const at::Tensor& x, const at::Tensor& weight,
-                  const std::optional<at::Tensor>& bias);
+// The dtype that the product behind a norm of x has: x's, or that of a 16-bit weight beside a
+// float32 x.
+at::ScalarType product_dtype(const at::Tensor& x, const at::Tensor& weight);
+
+// weight [out, in] and bias [out] beside x, both of `dtype`; x's last dimension is the caller's to
+// compare.
+void check_weight(const ProductNames& names, const at::Tensor& x, at::ScalarType dtype,
+                  const at::Tensor& weight, const std::optional<at::Tensor>& bias);
 void check_weight_gradient(const ProductNames& names, const at::Tensor& weight,
                            const WeightGradientOptions& options);
 void check_one_rank(const char* op, const std::optional<std::string>& tp_group,
@@ -85,5 +90,7 @@ at::Tensor product_weight_grad(const at::Tensor& y_grad, const at::Tensor& x,
 
 // The stock op's rule under autocast: tensors in its dtype.
 at::Tensor cast_for_product(const at::Tensor& tensor, c10::DeviceType device);
+// What a norm reads before such a product: x as it is, but where its 16 bits are not autocast's.
+at::Tensor narrow_for_product(const at::Tensor& x, c10::DeviceType device);
 
 }  // namespace redline::ops

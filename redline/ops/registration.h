@@ -46,7 +46,8 @@ struct Family {
   Implement inner = nullptr;               // for CPU, CUDA and Meta
   Implement without_derivative = nullptr;  // the public ops below autograd
   Implement differentiable = nullptr;      // and above
-  Implement autocast_cuda = nullptr;  // the public ops whose stock ones have a dtype rule there
+  Implement autocast_cpu = nullptr;   // the public ops whose stock ones have a dtype rule there
+  Implement autocast_cuda = nullptr;  // and there
 };
 
 // Registers a family for as long as it lives: one constant per file.
@@ -62,13 +63,16 @@ class Registration {
     torch::Library& autograd = library(c10::DispatchKey::Autograd);
     if (family.differentiable) family.differentiable(autograd);
     refuse_autograd(autograd, family.inner_ops);
-    ignore_autocast(library(c10::DispatchKey::AutocastCPU), family.public_ops);
-    torch::Library& autocast_cuda = library(c10::DispatchKey::AutocastCUDA);
-    if (family.autocast_cuda) {
-      family.autocast_cuda(autocast_cuda);
-    } else {
-      ignore_autocast(autocast_cuda, family.public_ops);
-    }
+    const auto autocast = [&](c10::DispatchKey key, Family::Implement implement) {
+      torch::Library& of_key = library(key);
+      if (implement) {
+        implement(of_key);
+      } else {
+        ignore_autocast(of_key, family.public_ops);
+      }
+    };
+    autocast(c10::DispatchKey::AutocastCPU, family.autocast_cpu);
+    autocast(c10::DispatchKey::AutocastCUDA, family.autocast_cuda);
     refuse_vmap(library(c10::DispatchKey::FuncTorchBatched), family.public_ops);
   }
 

@@ -14,6 +14,7 @@ from redline.ops.gated_activation import gated_activation, gated_activation_pair
 from redline.ops.gradient_norm import clip_coefficient, gradient_norm, scale_gradients
 from redline.ops.linear import WeightGradientQueue, linear
 from redline.ops.norm import layer_norm, residual_layer_norm, residual_rms_norm, rms_norm
+from redline.ops.norm_linear import norm_linear, norm_mlp
 from redline.ops.rotary import qkv_rotary, rotary
 from redline.ops.softmax import softmax
 
@@ -32,6 +33,8 @@ __all__ = [
     "gradient_norm",
     "layer_norm",
     "linear",
+    "norm_linear",
+    "norm_mlp",
     "qkv_rotary",
     "residual_layer_norm",
     "residual_rms_norm",

@@ -1,0 +1,98 @@
+// The norm that opens a fused node (norm_linear, norm_mlp): what it keeps for backward, the
+// normalised input rebuilt from that, and its share of the gradients.
+#pragma once
+
+#include "redline/ops/norm_inner.h"
+#include "redline/ops/torch.h"
+
+namespace redline::ops {
+
+struct NormParameters {
+  std::optional<at::Tensor> weight = {}, bias = {};  // [cols]; bias: layer_norm alone
+};
+
+struct NormPartOptions {
+  std::string kind = "rms_norm";  // or layer_norm
+  double epsilon = 1e-5;
+  bool zero_centered = false;
+};
+
+// Throws where the kind is neither, or a tensor does not fit; `op` is what messages begin with.
+void check_norm_part(const char* op, const at::Tensor& x, const std::optional<at::Tensor>& residual,
+                     const NormParameters& parameters, const NormPartOptions& options);
+
+// Edges of a node in the order of forward's tensors: those that were given.
+class Edges {
+ public:
+  explicit Edges(torch::autograd::AutogradContext* ctx) : ctx_(ctx) {}
+
+  // Whether the gradient of the next tensor is wanted.
+  bool next(bool given = true) { return given && ctx_->needs_input_grad(edge_++); }
+
+ private:
+  torch::autograd::AutogradContext* ctx_;
+  size_t edge_ = 0;
+};
+
+// The tensors that a node saves of its norm: the first of its saved variables.
+struct NormKept {
+  at::Tensor source;  // x, or the sum
+  at::Tensor weight, bias, mean, inverse_std;
+
+  static constexpr size_t count = 5;
+  // The beginning of a node's list; undefined tensors where backward needs none of it.
+  torch::autograd::variable_list saved(bool needed) const {
+    torch::autograd::variable_list list(count);
+    if (needed) list = {source, weight, bias, mean, inverse_std};
+    return list;
+  }
+  static NormKept from(const torch::autograd::variable_list& saved) {
+    return {saved[0], saved[1], saved[2], saved[3], saved[4]};
+  }
+};
+
+class NormPart {
+ public:
+  struct Output {
+    at::Tensor normalized;  // [..., cols] of the product's dtype
+    at::Tensor sum;         // x + residual, with one
+    NormKept kept;
+  };
+
+  // `dtype`: the product's.
+  NormPart(const at::Tensor& x, const std::optional<at::Tensor>& residual,
+           const NormParameters& parameters, const NormPartOptions& options, at::ScalarType dtype);
+
+  // Below autograd.
+  Output forward(const at::Tensor& x, const std::optional<at::Tensor>& residual,
+                 const NormParameters& parameters) const;
+
+  // Whether one of forward's tensors wants a gradient.
+  bool trained() const { return trained_; }
+
+  // forward's `normalized`, its bits.
+  at::Tensor rebuild(const NormKept& kept) const;
+
+  struct Needs {
+    bool x, residual, weight, bias;
+    bool any() const { return x || residual || weight || bias; }
+  };
+  Needs needs(Edges& edges) const;
+
+  struct Gradients {
+    at::Tensor x = {}, residual = {}, weight = {}, bias = {};
+  };
+  // Either of the two may be undefined.
+  Gradients backward(const NormKept& kept, const at::Tensor& normalized_grad,
+                     const at::Tensor& sum_grad, const Needs& needs) const;
+
+  bool has_residual() const { return has_residual_; }
+
+ private:
+  Norm norm_;
+  double epsilon_;
+  bool zero_centered_, has_residual_, has_weight_, has_bias_, trained_;
+  at::ScalarType x_dtype_, dtype_;
+};
+
+}  // namespace redline::ops
