@@ -128,6 +128,17 @@ def compiles_dynamic(op, inputs):
         equal_bits(ours[0] + ours[1], stock[0] + stock[1])
 
 
+def runs_under_compiled_autograd(op, inputs):
+    """The backward of an eager forward, traced as a whole, has the same bits."""
+    _, expected, upstreams = gradients(op, inputs)
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    y = first(op(*leaves))
+    torch._dynamo.reset()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        y.backward(upstreams[0])
+    equal_bits([leaf.grad for leaf in leaves], expected)
+
+
 def exports(op, inputs):
     class Module(torch.nn.Module):
         def forward(self, *args):

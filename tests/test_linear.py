@@ -239,6 +239,7 @@ def test_compiles_and_exports(device):
     contract.compiles_dynamic(ops.linear, given)
     contract.exports(ops.linear, given)
     contract.refuses_vmap(ops.linear, given)
+    contract.runs_under_compiled_autograd(ops.linear, given)
 
 
 def test_compiles_with_main_grad(device):

@@ -364,6 +364,11 @@ def test_compiles_and_exports(norm, device):
     contract.compiles_dynamic(call, [x, residual])
     contract.exports(call, [x, residual])
     contract.refuses_double_backward(call, [x, residual])
+    if norm == "layer_norm":
+        plain = [x, *rest]
+        contract.runs_under_compiled_autograd(
+            lambda x, *given: ops.norm_linear(x, *given, norm=norm), plain
+        )
     with pytest.raises(RuntimeError, match="vmap is not built"):
         torch.vmap(lambda x: ops.norm_linear(x, None, None, rest[2]))(torch.stack([x, x]))
 

@@ -3,7 +3,6 @@
 
 #include <torch/custom_class.h>
 
-#include "redline/ops/node.h"
 #include "redline/ops/registration.h"
 #include "redline/ops/run.h"
 
@@ -77,9 +76,7 @@ struct LinearFunction : public torch::autograd::Function<LinearFunction> {
     const bool trained = weight.requires_grad();
     ctx->save_for_backward({trained ? x : Tensor(), x.requires_grad() ? weight : Tensor()});
     ctx->saved_data["has_bias"] = bias.has_value();
-    // main_grad is no saved variable: others write to it before this node's backward, as they
-    // should.
-    if (trained) ctx->saved_data["weight_gradient"] = hold(options);
+    if (trained) save_weight_gradient(ctx, "weight", options);
     return product(x, weight, bias);
   }
 
@@ -90,8 +87,7 @@ struct LinearFunction : public torch::autograd::Function<LinearFunction> {
     Tensor x_grad, weight_grad, bias_grad;
     if (ctx->needs_input_grad(0)) x_grad = product_input_grad(y_grad, weight);
     if (ctx->needs_input_grad(1)) {
-      const auto& options = held<WeightGradientOptions>(ctx->saved_data["weight_gradient"]);
-      weight_grad = product_weight_grad(rows, rows_of(x), options);
+      weight_grad = product_weight_grad(rows, rows_of(x), saved_weight_gradient(ctx, "weight"));
     }
     if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) {
       bias_grad = rows.sum(at::IntArrayRef{0});
@@ -216,6 +212,29 @@ Tensor product_weight_grad(const Tensor& y_grad, const Tensor& x,
   if (!options.main_grad) return at::mm(y_grad.t(), x);
   linear_weight_grad_into(*options.main_grad, y_grad, x, options.accumulate);
   return dummy_of(*options.main_grad, x.scalar_type(), options.dummy_grad);
+}
+
+void save_weight_gradient(AutogradContext* ctx, const std::string& name,
+                          const WeightGradientOptions& options) {
+  if (options.delayed) ctx->saved_data[name + ".delayed"] = *options.delayed;
+  if (!options.main_grad) return;
+  ctx->saved_data[name + ".main_grad"] = *options.main_grad;
+  ctx->saved_data[name + ".accumulate"] = options.accumulate;
+  ctx->saved_data[name + ".dummy_grad"] = options.dummy_grad;
+}
+
+WeightGradientOptions saved_weight_gradient(AutogradContext* ctx, const std::string& name) {
+  auto& data = ctx->saved_data;
+  WeightGradientOptions options;
+  if (const auto delayed = data.find(name + ".delayed"); delayed != data.end()) {
+    options.delayed = delayed->second.toCustomClass<WeightGradientQueue>();
+  }
+  if (const auto main_grad = data.find(name + ".main_grad"); main_grad != data.end()) {
+    options.main_grad = main_grad->second.toTensor();
+    options.accumulate = data[name + ".accumulate"].toBool();
+    options.dummy_grad = data[name + ".dummy_grad"].toStringRef();
+  }
+  return options;
 }
 
 Tensor cast_for_product(const Tensor& tensor, c10::DeviceType device) {

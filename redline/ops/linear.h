@@ -88,6 +88,14 @@ at::Tensor product_input_grad(const at::Tensor& y_grad, const at::Tensor& weight
 at::Tensor product_weight_grad(const at::Tensor& y_grad, const at::Tensor& x,
                                const WeightGradientOptions& options);
 
+// A node's entries of saved_data for one weight, `name` and what belongs to it: plain values, which
+// compiled autograd can hash. main_grad is no saved variable: others write to it before this node's
+// backward, as they should.
+void save_weight_gradient(torch::autograd::AutogradContext* ctx, const std::string& name,
+                          const WeightGradientOptions& options);
+WeightGradientOptions saved_weight_gradient(torch::autograd::AutogradContext* ctx,
+                                            const std::string& name);
+
 // The stock op's rule under autocast: tensors in its dtype.
 at::Tensor cast_for_product(const at::Tensor& tensor, c10::DeviceType device);
 // What a norm reads before such a product: x as it is, but where its 16 bits are not autocast's.

@@ -1,7 +1,6 @@
 // Over budget: parameters: the dispatcher's schema fixes the signature.
 #include "redline/ops/norm_linear.h"
 
-#include "redline/ops/node.h"
 #include "redline/ops/registration.h"
 #include "redline/ops/run.h"
 
@@ -29,13 +28,6 @@ void check_inputs(const Tensor& x, const NormParameters& norm, const Tensor& wei
 
 // --- derivative ---------------------------------------------------------------------------------
 
-// What the node keeps beside its tensors.
-struct Node {
-  NormPart norm;
-  bool has_bias, keep_normalized, returns_normalized;
-  WeightGradientOptions weight_gradient;
-};
-
 struct NormLinearFunction : public torch::autograd::Function<NormLinearFunction> {
   // Returns y, then the sum with a residual, then the normalised input where it is asked for.
   static variable_list forward(AutogradContext* ctx, const Tensor& x,
@@ -51,9 +43,10 @@ struct NormLinearFunction : public torch::autograd::Function<NormLinearFunction>
     saved.push_back(norm.trained() ? weight : Tensor());
     saved.push_back(trained && keep ? normed.normalized : Tensor());
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["node"] =
-        hold(Node{norm, bias.has_value(), keep, options.return_norm_output,
-                  trained ? options.weight_gradient : WeightGradientOptions{}});
+    ctx->saved_data["norm"] = norm.packed();
+    ctx->saved_data["has_bias"] = bias.has_value();
+    ctx->saved_data["returns_normalized"] = options.return_norm_output;
+    if (trained) save_weight_gradient(ctx, "weight", options.weight_gradient);
     ctx->set_materialize_grads(false);
     variable_list out = {product(normed.normalized, weight, bias)};
     if (residual) out.push_back(normed.sum);
@@ -63,29 +56,31 @@ struct NormLinearFunction : public torch::autograd::Function<NormLinearFunction>
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const Node& node = held<Node>(ctx->saved_data["node"]);
+    const NormPart norm(ctx->saved_data["norm"].toInt());
     const NormKept kept = NormKept::from(saved);
     const Tensor &weight = saved[NormKept::count], &y_grad = grads[0];
     Edges edges(ctx);
-    const NormPart::Needs needs = node.norm.needs(edges);
-    const bool needs_weight = edges.next(), needs_bias = edges.next(node.has_bias);
+    const NormPart::Needs needs = norm.needs(edges);
+    const bool needs_weight = edges.next();
+    const bool needs_bias = edges.next(ctx->saved_data["has_bias"].toBool());
     Tensor normalized_grad, weight_grad, bias_grad;
     if (y_grad.defined()) {
       const Tensor rows = rows_of(y_grad);
       if (needs_weight) {
-        const Tensor normalized =
-            node.keep_normalized ? saved[NormKept::count + 1] : node.norm.rebuild(kept);
-        weight_grad = product_weight_grad(rows, rows_of(normalized), node.weight_gradient);
+        const Tensor& normalized = saved[NormKept::count + 1];
+        weight_grad = product_weight_grad(
+            rows, rows_of(normalized.defined() ? normalized : norm.rebuild(kept)),
+            saved_weight_gradient(ctx, "weight"));
       }
       if (needs_bias) bias_grad = rows.sum(at::IntArrayRef{0});
       if (needs.any()) normalized_grad = product_input_grad(y_grad, weight);
     }
-    if (node.returns_normalized && grads.back().defined()) {
+    if (ctx->saved_data["returns_normalized"].toBool() && grads.back().defined()) {
       normalized_grad =
           normalized_grad.defined() ? normalized_grad + grads.back() : Tensor(grads.back());
     }
-    const Tensor sum_grad = node.norm.has_residual() ? grads[1] : Tensor();
-    const NormPart::Gradients in = node.norm.backward(kept, normalized_grad, sum_grad, needs);
+    const Tensor sum_grad = norm.has_residual() ? grads[1] : Tensor();
+    const NormPart::Gradients in = norm.backward(kept, normalized_grad, sum_grad, needs);
     return {in.x, in.residual, in.weight, in.bias, weight_grad, bias_grad, Tensor()};
   }
 };

@@ -2,7 +2,6 @@
 #include "redline/ops/norm_mlp.h"
 
 #include "redline/ops/activation_part.h"
-#include "redline/ops/node.h"
 #include "redline/ops/registration.h"
 #include "redline/ops/run.h"
 
@@ -46,7 +45,17 @@ struct Node {
   NormPart norm;
   std::string activation;
   bool has_fc1_bias, has_fc2_bias;
-  WeightGradientOptions fc1_gradient, fc2_gradient;
+
+  void save(AutogradContext* ctx) const {
+    ctx->saved_data["norm"] = norm.packed();
+    ctx->saved_data["activation"] = activation;
+    ctx->saved_data["has_fc1_bias"] = has_fc1_bias;
+    ctx->saved_data["has_fc2_bias"] = has_fc2_bias;
+  }
+  static Node from(AutogradContext* ctx) {
+    return {NormPart(ctx->saved_data["norm"].toInt()), ctx->saved_data["activation"].toStringRef(),
+            ctx->saved_data["has_fc1_bias"].toBool(), ctx->saved_data["has_fc2_bias"].toBool()};
+  }
 };
 
 // What of the activation and before it wants a gradient.
@@ -95,10 +104,9 @@ struct NormMlpFunction : public torch::autograd::Function<NormMlpFunction> {
     saved.push_back(value(fc1_bias));
     saved.push_back(to_up ? fc2_weight : Tensor());
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["node"] =
-        hold(Node{norm, options.activation, fc1_bias.has_value(), fc2_bias.has_value(),
-                  fc1_trained ? options.fc1_gradient : WeightGradientOptions{},
-                  fc2_trained ? options.fc2_gradient : WeightGradientOptions{}});
+    Node{norm, options.activation, fc1_bias.has_value(), fc2_bias.has_value()}.save(ctx);
+    if (fc1_trained) save_weight_gradient(ctx, "fc1", options.fc1_gradient);
+    if (fc2_trained) save_weight_gradient(ctx, "fc2", options.fc2_gradient);
     ctx->set_materialize_grads(false);
     const Tensor y = product(activated, fc2_weight, fc2_bias);
     if (residual) return {y, normed.sum};
@@ -110,8 +118,10 @@ struct NormMlpFunction : public torch::autograd::Function<NormMlpFunction> {
     Tensor normalized, fc1_weight, fc1_bias, fc2_weight, fc2_bias;
   };
 
-  static Gradients products(const Node& node, const NormKept& norm_kept, const Kept& kept,
+  static Gradients products(AutogradContext* ctx, const Node& node, const variable_list& saved,
                             const Tensor& y_grad, const Needs& needs) {
+    const NormKept norm_kept = NormKept::from(saved);
+    const Kept kept = Kept::from(saved);
     Gradients out;
     const Tensor rows = rows_of(y_grad);
     if (needs.fc2_bias) out.fc2_bias = rows.sum(at::IntArrayRef{0});
@@ -129,13 +139,14 @@ struct NormMlpFunction : public torch::autograd::Function<NormMlpFunction> {
         activated = activate(kept.up, optional(kept.fc1_bias), node.activation);
       }
       if (needs.fc2_weight) {
-        out.fc2_weight = product_weight_grad(rows, rows_of(activated), node.fc2_gradient);
+        out.fc2_weight =
+            product_weight_grad(rows, rows_of(activated), saved_weight_gradient(ctx, "fc2"));
       }
     }
     if (needs.fc1_weight) {
       const Tensor normalized = node.norm.rebuild(norm_kept);
-      out.fc1_weight =
-          product_weight_grad(rows_of(up_grad), rows_of(normalized), node.fc1_gradient);
+      out.fc1_weight = product_weight_grad(rows_of(up_grad), rows_of(normalized),
+                                           saved_weight_gradient(ctx, "fc1"));
     }
     if (needs.norm.any()) out.normalized = product_input_grad(up_grad, kept.fc1_weight);
     return out;
@@ -143,14 +154,13 @@ struct NormMlpFunction : public torch::autograd::Function<NormMlpFunction> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const Node& node = held<Node>(ctx->saved_data["node"]);
-    const NormKept norm_kept = NormKept::from(saved);
+    const Node node = Node::from(ctx);
     const Needs needs(node, Edges(ctx));
     Gradients out;
-    if (grads[0].defined()) out = products(node, norm_kept, Kept::from(saved), grads[0], needs);
+    if (grads[0].defined()) out = products(ctx, node, saved, grads[0], needs);
     const Tensor sum_grad = node.norm.has_residual() ? grads[1] : Tensor();
     const NormPart::Gradients in =
-        node.norm.backward(norm_kept, out.normalized, sum_grad, needs.norm);
+        node.norm.backward(NormKept::from(saved), out.normalized, sum_grad, needs.norm);
     return {in.x,         in.residual,    in.weight,    in.bias, out.fc1_weight,
             out.fc1_bias, out.fc2_weight, out.fc2_bias, Tensor()};
   }

@@ -63,11 +63,15 @@ class NormPart {
   NormPart(const at::Tensor& x, const std::optional<at::Tensor>& residual,
            const NormParameters& parameters, const NormPartOptions& options, at::ScalarType dtype);
 
+  // As one entry of a node's saved_data, a plain value, and back.
+  explicit NormPart(int64_t packed);
+  int64_t packed() const;
+
   // Below autograd.
   Output forward(const at::Tensor& x, const std::optional<at::Tensor>& residual,
                  const NormParameters& parameters) const;
 
-  // Whether one of forward's tensors wants a gradient.
+  // Whether one of forward's tensors wants a gradient; known in forward.
   bool trained() const { return trained_; }
 
   // forward's `normalized`, its bits.
@@ -90,8 +94,8 @@ class NormPart {
 
  private:
   Norm norm_;
-  double epsilon_;
-  bool zero_centered_, has_residual_, has_weight_, has_bias_, trained_;
+  double epsilon_ = 0;  // forward's alone
+  bool zero_centered_, has_residual_, has_weight_, has_bias_, trained_ = false;
   at::ScalarType x_dtype_, dtype_;
 };
 
