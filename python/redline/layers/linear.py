@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from redline import ops
 from redline.layers.norm import InputNorm
 from redline.layers.weight_gradient import WeightGradient
 
@@ -50,8 +51,10 @@ def reset_linear(weight, bias):
 class LayerNormLinear(WeightGradient, InputNorm):
     """y = norm(x) W^T + bias; layer_norm_weight [in], weight [out, in], bias [out].
 
-    forward(x) -> y; forward(x, residual) -> (y, x + residual), the sum and its norm in one pass.
-    The weight's gradient goes where `Linear`'s options of the same names say.
+    forward(x) -> y; forward(x, residual) -> (y, x + residual), the sum and its norm in one pass;
+    norm(x) comes last with return_layernorm_output. Backward rebuilds norm(x), unless
+    keep_normalized has it kept. The weight's gradient goes where `Linear`'s options of the same
+    names say.
 
     >>> LayerNormLinear(1024, 3072)(torch.randn(2, 16, 1024)).shape
     torch.Size([2, 16, 3072])
@@ -66,6 +69,8 @@ class LayerNormLinear(WeightGradient, InputNorm):
         normalization="RMSNorm",
         eps=1e-5,
         zero_centered=False,
+        keep_normalized=False,
+        return_layernorm_output=False,
         accumulate_main_grad=False,
         delay_weight_grad=False,
         device=None,
@@ -74,6 +79,8 @@ class LayerNormLinear(WeightGradient, InputNorm):
         factory = {"device": device, "dtype": dtype}
         super().__init__(in_features, normalization, eps, zero_centered, factory)
         self.in_features, self.out_features = in_features, out_features
+        self.keep_normalized = keep_normalized
+        self.return_layernorm_output = return_layernorm_output
         self.weight = torch.nn.Parameter(torch.empty(out_features, in_features, **factory))
         self.bias = torch.nn.Parameter(torch.empty(out_features, **factory)) if bias else None
         self.set_weight_gradient(accumulate_main_grad, delay_weight_grad)
@@ -84,6 +91,19 @@ class LayerNormLinear(WeightGradient, InputNorm):
         reset_linear(self.weight, self.bias)
 
     def forward(self, x, residual=None, first_microbatch=None):
-        normed, total = self.normalize(x, residual)
-        y = self.product(normed, self.weight, self.bias, first_microbatch)
-        return y if residual is None else (y, total)
+        return self.norm_product(x, self.bias, residual, first_microbatch)
+
+    def norm_product(self, x, bias, residual=None, first_microbatch=None):
+        """forward with another bias than the layer's, or none."""
+        norm, options = self.norm_operands()
+        return ops.norm_linear(
+            x,
+            *norm,
+            self.weight,
+            bias,
+            residual=residual,
+            keep_normalized=self.keep_normalized,
+            return_norm_output=self.return_layernorm_output,
+            **options,
+            **self.destination(self.weight, first_microbatch),
+        )

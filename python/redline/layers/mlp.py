@@ -5,15 +5,18 @@ import torch
 from redline import ops
 from redline.layers.linear import reset_linear
 from redline.layers.norm import InputNorm
+from redline.layers.weight_gradient import WeightGradient, add_gradient
 
 GATED = ("swiglu", "geglu", "reglu", "quick_geglu", "clamped_swiglu")
 PLAIN = ("gelu", "gelu_erf", "quick_gelu", "silu", "relu", "squared_relu")
 
 
-class LayerNormMLP(InputNorm):
+class LayerNormMLP(WeightGradient, InputNorm):
     """y = act(norm(x) W1^T + b1) W2^T + b2; a gated fc1 has 2 ffn_hidden_size rows, gate first.
 
     forward(x) -> y; forward(x, residual) -> (y, x + residual), the sum and its norm in one pass.
+    Kept for backward: x (or the sum), a number or two per row and fc1's product, nothing else.
+    Both weights' gradients go where `Linear`'s options of the same names say.
 
     >>> LayerNormMLP(1024, 2816)(torch.randn(2, 16, 1024)).shape
     torch.Size([2, 16, 1024])
@@ -29,6 +32,8 @@ class LayerNormMLP(InputNorm):
         activation="swiglu",
         eps=1e-5,
         zero_centered=False,
+        accumulate_main_grad=False,
+        delay_weight_grad=False,
         device=None,
         dtype=None,
     ):
@@ -44,6 +49,8 @@ class LayerNormMLP(InputNorm):
         self.fc1_bias = torch.nn.Parameter(torch.empty(fc1_rows, **factory)) if bias else None
         self.fc2_weight = torch.nn.Parameter(torch.empty(hidden_size, ffn_hidden_size, **factory))
         self.fc2_bias = torch.nn.Parameter(torch.empty(hidden_size, **factory)) if bias else None
+        self.set_weight_gradient(accumulate_main_grad, delay_weight_grad)
+        self.fc1_delayed = ops.WeightGradientQueue() if delay_weight_grad else None
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -51,14 +58,26 @@ class LayerNormMLP(InputNorm):
         reset_linear(self.fc1_weight, self.fc1_bias)
         reset_linear(self.fc2_weight, self.fc2_bias)
 
-    def activate(self, x):
-        """The activation of fc1's product, which adds fc1's bias in the same pass."""
-        if self.activation in GATED:
-            return ops.gated_activation(x, kind=self.activation, bias=self.fc1_bias)
-        return ops.activation(x, self.fc1_bias, self.activation)
+    def forward(self, x, residual=None, first_microbatch=None):
+        norm, options = self.norm_operands()
+        for name, queue in (("fc1", self.fc1_delayed), ("fc2", self.delayed)):
+            weight = getattr(self, f"{name}_weight")
+            where = self.destination(weight, first_microbatch, queue, f"{name}_weight")
+            options |= {f"{name}_{option}": value for option, value in where.items()}
+        return ops.norm_mlp(
+            x,
+            *norm,
+            self.fc1_weight,
+            self.fc1_bias,
+            self.fc2_weight,
+            self.fc2_bias,
+            residual=residual,
+            activation=self.activation,
+            **options,
+        )
 
-    def forward(self, x, residual=None):
-        normed, total = self.normalize(x, residual)
-        up = torch.nn.functional.linear(normed, self.fc1_weight)
-        y = torch.nn.functional.linear(self.activate(up), self.fc2_weight, self.fc2_bias)
-        return y if residual is None else (y, total)
+    def backward_dw(self):
+        """The oldest weight gradients that backward left, into main_grad or weight.grad."""
+        if self.delay_weight_grad:
+            add_gradient(self.fc2_weight, self.delayed.pop())
+            add_gradient(self.fc1_weight, self.fc1_delayed.pop())

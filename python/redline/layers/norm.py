@@ -123,14 +123,8 @@ class InputNorm(torch.nn.Module):
         if self.layer_norm_bias is not None:
             torch.nn.init.zeros_(self.layer_norm_bias)
 
-    def normalize(self, x, residual=None):
-        """(norm(x), x), or (norm(x + residual), x + residual)."""
-        weight, bias = self.layer_norm_weight, self.layer_norm_bias
-        options = (self.eps, self.zero_centered)
-        if self.normalization == "RMSNorm":
-            if residual is None:
-                return ops.rms_norm(x, weight, *options), x
-            return ops.residual_rms_norm(x, residual, weight, *options)
-        if residual is None:
-            return ops.layer_norm(x, weight, bias, *options), x
-        return ops.residual_layer_norm(x, residual, weight, bias, *options)
+    def norm_operands(self):
+        """norm_linear's and norm_mlp's: the parameters by place, and what says which norm."""
+        kind = {"RMSNorm": "rms_norm", "LayerNorm": "layer_norm"}[self.normalization]
+        options = {"norm": kind, "epsilon": self.eps, "zero_centered": self.zero_centered}
+        return (self.layer_norm_weight, self.layer_norm_bias), options

@@ -5,7 +5,7 @@ import torch
 from redline import ops
 
 
-def main_grad_of(layer, weight):
+def main_grad_of(layer, weight, name="weight"):
     """The buffer of a weight whose gradients are accumulated outside of autograd.
 
     Megatron-FSDP gives it through get_main_grad().
@@ -15,20 +15,20 @@ def main_grad_of(layer, weight):
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None:
         raise RuntimeError(
-            f"{type(layer).__name__}: weight.main_grad: expected a buffer of the weight's shape, "
+            f"{type(layer).__name__}: {name}.main_grad: expected a buffer of the weight's shape, "
             "not none; accumulate_main_grad is on"
         )
     return main_grad
 
 
-def into_main_grad(layer, weight, first_microbatch):
+def into_main_grad(layer, weight, first_microbatch, name="weight"):
     """ops.linear's options that send the gradient into weight.main_grad.
 
     The first micro-batch overwrites; None always accumulates. A weight that has the attribute
     grad_added_to_main_grad is told, and gets a gradient that says nothing, for hooks that count
     on one: zeros where weight.zero_out_wgrad asks for them.
     """
-    options = {"main_grad": main_grad_of(layer, weight)}
+    options = {"main_grad": main_grad_of(layer, weight, name)}
     overwrite = getattr(weight, "overwrite_main_grad", False)
     options["accumulate"] = not (first_microbatch or overwrite)
     if hasattr(weight, "grad_added_to_main_grad"):
@@ -55,14 +55,18 @@ class WeightGradient:
 
     def product(self, x, weight, bias=None, first_microbatch=None, queue=None):
         """x W^T + bias; the weight's gradient goes where the layer's options say."""
+        return ops.linear(x, weight, bias, **self.destination(weight, first_microbatch, queue))
+
+    def destination(self, weight, first_microbatch=None, queue=None, name="weight"):
+        """An op's options that send the gradient of `weight` where the layer's options say."""
         if not (weight.requires_grad and torch.is_grad_enabled()):
-            return ops.linear(x, weight, bias)
+            return {}
         options = {}
         if self.accumulate_main_grad:
-            options = into_main_grad(self, weight, first_microbatch)
+            options = into_main_grad(self, weight, first_microbatch, name)
         if self.delay_weight_grad:
             options["delayed"] = self.delayed if queue is None else queue
-        return ops.linear(x, weight, bias, **options)
+        return options
 
     def backward_dw(self):
         """The oldest weight gradient that backward left, into main_grad or weight.grad."""

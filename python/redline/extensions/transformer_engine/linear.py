@@ -175,7 +175,7 @@ class TERowParallelLinear(TELinear):
         )
 
 
-@works("`rms_norm` or `layer_norm`, then `linear`", "experts")
+@works("`norm_linear`", "experts")
 class TELayerNormColumnParallelLinear(_Product, layers.LayerNormLinear):
     """y = norm(x) W^T + bias, for the packed QKV and the first product of an MLP.
 
@@ -235,8 +235,12 @@ class TELayerNormColumnParallelLinear(_Product, layers.LayerNormLinear):
         super().fill()
 
     def forward(self, x):
-        normed, _ = self.normalize(x.to(self.layer_norm_weight.dtype))
-        return self.project(normed)
+        x = x.to(self.layer_norm_weight.dtype)
+        x = parallel.column_input(x, self.tp_group, self.sequence_parallel, type(self).__name__)
+        bias = self.bias if self.use_bias else None
+        if self.te_return_bias:
+            return self.norm_product(x, None, None, self.first_microbatch()), bias
+        return self.norm_product(x, bias, None, self.first_microbatch()), None
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, *lists):
         held = "LayerNorm" if prefix + "layer_norm_bias" in state_dict else "RMSNorm"

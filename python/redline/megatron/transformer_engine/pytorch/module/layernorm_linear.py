@@ -52,7 +52,6 @@ class LayerNormLinear(TransformerEngineBaseModule, layers.LayerNormLinear):
             split = parameters_split
             refuse("LayerNormLinear", "parameters_split", None, split, "one weight is built")
         self.zero_centered_gamma = zero_centered_gamma
-        self.return_layernorm_output = return_layernorm_output
         super().__init__(
             in_features,
             out_features,
@@ -60,6 +59,7 @@ class LayerNormLinear(TransformerEngineBaseModule, layers.LayerNormLinear):
             normalization=normalization,
             eps=eps,
             zero_centered=zero_centered_gamma,
+            return_layernorm_output=return_layernorm_output,
             **self.gradient_options(),
             **factory_of(device, params_dtype),
         )
@@ -72,9 +72,10 @@ class LayerNormLinear(TransformerEngineBaseModule, layers.LayerNormLinear):
         self.start(self.weight, self.bias)
 
     def forward(self, inp, is_first_microbatch=None, fp8_grad=False):
-        normed, _ = self.normalize(inp.to(self.layer_norm_weight.dtype))
+        x = inp.to(self.layer_norm_weight.dtype)
         bias = self.bias if self.use_bias else None
         added = None if self.return_bias else bias
-        y = self.product(normed, self.weight, added, is_first_microbatch)
-        parts = (y,) + (bias,) * self.return_bias + (normed,) * self.return_layernorm_output
-        return parts if len(parts) > 1 else y
+        out = self.norm_product(x, added, None, is_first_microbatch)
+        if not self.return_bias:
+            return out
+        return (out[0], bias, out[1]) if self.return_layernorm_output else (out, bias)
