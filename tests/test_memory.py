@@ -1,0 +1,84 @@
+"""docs/memory.md: what a layer keeps for backward is what its formula says, byte for byte."""
+
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from cases import DEVICES
+from redline import layers
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "memory.md"
+HIDDEN, FFN, HEADS, FEWER, HEAD_DIM, TOKENS = 128, 192, 4, 2, 32, 64
+
+
+def freeze(layer, *names):
+    for name, parameter in layer.named_parameters():
+        if name in names:
+            parameter.requires_grad_(False)
+    return layer
+
+
+linear = functools.partial(layers.LayerNormLinear, HIDDEN, 96)
+mlp = functools.partial(layers.LayerNormMLP, HIDDEN, FFN)
+NORM = ("layer_norm_weight",)
+# The rows of the document: how the layer is made, and whether its input has a gradient.
+ROWS = {
+    "`RMSNorm`": lambda: layers.RMSNorm(HIDDEN),
+    "`LayerNorm`": lambda: layers.LayerNorm(HIDDEN),
+    "`Linear`": lambda: layers.Linear(HIDDEN, 96),
+    "`LayerNormLinear`": linear,
+    "`LayerNormLinear`, LayerNorm": lambda: linear(normalization="LayerNorm"),
+    "`LayerNormLinear`, keep_normalized": lambda: linear(keep_normalized=True),
+    "`LayerNormLinear`, frozen weight": lambda: freeze(linear(), "weight"),
+    "`LayerNormLinear`, frozen norm and x": lambda: freeze(linear(), *NORM),
+    "`LayerNormMLP`, swiglu": mlp,
+    "`LayerNormMLP`, gelu": lambda: mlp(activation="gelu"),
+    "`LayerNormMLP`, LayerNorm": lambda: mlp(normalization="LayerNorm"),
+    "`Attention`": lambda: layers.Attention(HIDDEN, HEADS),
+    "`Attention`, fewer kv_heads": lambda: layers.Attention(HIDDEN, HEADS, FEWER),
+    "`TransformerLayer`": lambda: layers.TransformerLayer(HIDDEN, FFN, HEADS),
+}
+
+
+def formulas():
+    """The document's table: row -> expression."""
+    rows = re.findall(r"^\| (`\w+`.*?) \| `(.*?)` \|$", DOCUMENT.read_text(), re.MULTILINE)
+    return dict(rows)
+
+
+def kept_bytes(layer, x):
+    """Of the storages that autograd keeps, without those of parameters and tables."""
+    owned = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x)
+    return sum(kept.values())
+
+
+def test_every_row_is_measured():
+    assert list(formulas()) == list(ROWS)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("row", ROWS)
+def test_kept_bytes_are_the_formula(row, dtype, device):
+    layer = ROWS[row]().to(device, dtype)
+    x = torch.randn(2, TOKENS // 2, HIDDEN, device=device, dtype=dtype)
+    x.requires_grad_("frozen norm" not in row)
+    key_heads = FEWER if "fewer" in row else HEADS
+    sizes = {"h": HIDDEN, "f": FFN, "q": HEADS * HEAD_DIM, "k": key_heads * HEAD_DIM, "n": HEADS}
+    expected = TOKENS * eval(formulas()[row], {"e": dtype.itemsize, **sizes})
+    # torch's attention on CUDA keeps the state of its random numbers too: 32 bytes or less.
+    more = 64 if device == "cuda" and ("Attention" in row or "Transformer" in row) else 0
+    assert expected <= kept_bytes(layer, x) <= expected + more
