@@ -1,7 +1,8 @@
 """Redline: transformer parts for PyTorch with a CUDA and a CPU backend.
 
 ``redline.ops`` are the operators, ``redline.layers`` the modules, ``redline.optim`` the optimiser;
-``redline.tune(model)`` puts them into a transformers model, ``redline.untune`` takes them out.
+``redline.tune(model)`` puts them into a transformers model, ``redline.untune`` takes them out;
+``redline.graphed(layer, sample)`` replays its forward and backward as CUDA graphs.
 Importing needs no GPU, no driver and no toolkit.
 """
 
@@ -12,7 +13,7 @@ from importlib import import_module
 with suppress(ImportError):
     from redline._library import __version__
 
-__all__ = ["__version__", "extensions", "layers", "ops", "optim", "tune", "untune"]
+__all__ = ["__version__", "extensions", "graphed", "layers", "ops", "optim", "tune", "untune"]
 
 
 def __getattr__(name: str):
@@ -20,6 +21,8 @@ def __getattr__(name: str):
         return import_module("redline._library").__version__
     if name == "untune":
         return import_module("redline.tune").untune
+    if name == "graphed":
+        return import_module("redline.graphs").graphed
     if name in __all__:
         return import_module(f"redline.{name}")
     raise AttributeError(f"module 'redline' has no attribute {name!r}")
