@@ -28,14 +28,6 @@ layers::WeightGradient weight_gradient(const TransformerConfig& config) {
                                  .delay_weight_grad = config.delay_wgrad_compute});
 }
 
-// The layer's weight and bias on what it reads.
-template <typename Layer>
-OutputAndBias project(Layer& layer, const Tensor& x) {
-  if (layer.options.skip_bias_add && layer.bias.defined())
-    return {layer.gradient.product(x, layer.weight, {}), layer.bias};
-  return {layer.gradient.product(x, layer.weight, layer.bias), std::nullopt};
-}
-
 }  // namespace
 
 TENormImpl::TENormImpl(const TransformerConfig& config, int64_t hidden_size, double epsilon)
@@ -62,7 +54,10 @@ void TELinearImpl::reset() {
   torch::nn::init::normal_(weight, 0.0, 0.023);
 }
 
-OutputAndBias TELinearImpl::forward(const Tensor& x) { return project(*this, x); }
+OutputAndBias TELinearImpl::forward(const Tensor& x) {
+  if (options.skip_bias_add && bias.defined()) return {gradient.product(x, weight, {}), bias};
+  return {gradient.product(x, weight, bias), std::nullopt};
+}
 
 TELayerNormColumnParallelLinearImpl::TELayerNormColumnParallelLinearImpl(
     const TELinearOptions& options)
@@ -82,7 +77,15 @@ void TELayerNormColumnParallelLinearImpl::reset() {
 }
 
 OutputAndBias TELayerNormColumnParallelLinearImpl::forward(const Tensor& x) {
-  return project(*this, layers::normalize(x.to(gain.weight.scalar_type()), gain, norm));
+  const bool returns_bias = options.skip_bias_add && bias.defined();
+  const Tensor y =
+      ops::norm_linear(
+          x.to(gain.weight.scalar_type()), layers::norm_parameters(gain), weight,
+          returns_bias ? std::nullopt : layers::given(bias),
+          {.norm = layers::norm_part(norm),
+           .weight_gradient = gradient.destination("TELayerNormColumnParallelLinear", weight)})
+          .y;
+  return {y, returns_bias ? layers::given(bias) : std::nullopt};
 }
 
 TEDotProductAttentionImpl::TEDotProductAttentionImpl(const TEDotProductAttentionOptions& options)

@@ -34,14 +34,29 @@ void LayerNormLinearImpl::reset() {
   reset_linear(weight, bias);
 }
 
+ops::NormLinearOptions LayerNormLinearImpl::call_options() {
+  return {.norm = norm_part(options.norm),
+          .keep_normalized = options.keep_normalized,
+          .weight_gradient = gradient.destination("LayerNormLinear", weight)};
+}
+
 Tensor LayerNormLinearImpl::forward(const Tensor& x) {
-  return gradient.product(normalize(x, gain, options.norm), weight, bias);
+  return ops::norm_linear(x, norm_parameters(gain), weight, given(bias), call_options()).y;
 }
 
 std::tuple<Tensor, Tensor> LayerNormLinearImpl::forward_residual(const Tensor& x,
                                                                  const Tensor& residual) {
-  auto [normed, sum] = normalize_residual(x, residual, gain, options.norm);
-  return {gradient.product(normed, weight, bias), sum};
+  ops::NormLinearOptions call = call_options();
+  call.residual = residual;
+  const auto out = ops::norm_linear(x, norm_parameters(gain), weight, given(bias), call);
+  return {out.y, out.sum};
+}
+
+std::tuple<Tensor, Tensor> LayerNormLinearImpl::forward_normalized(const Tensor& x) {
+  ops::NormLinearOptions call = call_options();
+  call.return_norm_output = true;
+  const auto out = ops::norm_linear(x, norm_parameters(gain), weight, given(bias), call);
+  return {out.y, out.normalized};
 }
 
 }  // namespace redline::layers

@@ -4,6 +4,7 @@
 #include "redline/layers/module.h"
 #include "redline/layers/norm.h"
 #include "redline/layers/weight_gradient.h"
+#include "redline/ops/norm_linear.h"
 
 namespace redline::layers {
 
@@ -20,6 +21,7 @@ struct LayerNormLinearOptions {
   bool bias = true;
   NormOptions norm = {};
   WeightGradientOptions weight_gradient = {};
+  bool keep_normalized = false;  // for backward, which otherwise rebuilds norm(x)
 };
 
 // y = x W^T + bias; weight [out, in], bias [out].
@@ -44,12 +46,17 @@ class LayerNormLinearImpl : public torch::nn::Cloneable<LayerNormLinearImpl> {
   Tensor forward(const Tensor& x);
   // {y, x + residual}.
   std::tuple<Tensor, Tensor> forward_residual(const Tensor& x, const Tensor& residual);
+  // {y, norm(x)}.
+  std::tuple<Tensor, Tensor> forward_normalized(const Tensor& x);
   void backward_dw() { gradient.backward_dw(weight); }
 
   LayerNormLinearOptions options;
   Gain gain;
   Tensor weight, bias;
   WeightGradient gradient;
+
+ private:
+  ops::NormLinearOptions call_options();
 };
 using LayerNormLinear = Holder<LayerNormLinearImpl, LayerNormLinearOptions>;
 

@@ -3,6 +3,8 @@
 
 #include "redline/layers/module.h"
 #include "redline/layers/norm.h"
+#include "redline/layers/weight_gradient.h"
+#include "redline/ops/norm_mlp.h"
 
 namespace redline::layers {
 
@@ -13,11 +15,12 @@ struct LayerNormMLPOptions {
   std::string activation = "swiglu";  // swiglu geglu reglu quick_geglu clamped_swiglu, or
                                       // gelu gelu_erf quick_gelu silu relu squared_relu
   NormOptions norm = {};
+  WeightGradientOptions weight_gradient = {};  // of both weights
 };
 
 // y = act(norm(x) W1^T + b1) W2^T + b2; layer_norm_weight [hidden], fc1_weight [ffn, hidden] or,
 // for a gated activation, [gate; linear] [2 ffn, hidden], fc2_weight [hidden, ffn], and their
-// biases.
+// biases. Kept for backward: x (or the sum), a number or two per row and fc1's product.
 class LayerNormMLPImpl : public torch::nn::Cloneable<LayerNormMLPImpl> {
  public:
   explicit LayerNormMLPImpl(const LayerNormMLPOptions& options);
@@ -25,13 +28,15 @@ class LayerNormMLPImpl : public torch::nn::Cloneable<LayerNormMLPImpl> {
   Tensor forward(const Tensor& x);
   // {y, x + residual}.
   std::tuple<Tensor, Tensor> forward_residual(const Tensor& x, const Tensor& residual);
+  void backward_dw();
 
   LayerNormMLPOptions options;
   Gain gain;
   Tensor fc1_weight, fc1_bias, fc2_weight, fc2_bias;
+  WeightGradient fc1_gradient, fc2_gradient;
 
  private:
-  Tensor project(const Tensor& normed) const;
+  ops::NormMlpOutput run(const Tensor& x, const std::optional<Tensor>& residual);
 };
 using LayerNormMLP = Holder<LayerNormMLPImpl, LayerNormMLPOptions>;
 

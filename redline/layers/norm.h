@@ -2,6 +2,7 @@
 #pragma once
 
 #include "redline/layers/module.h"
+#include "redline/ops/norm_part.h"
 
 namespace redline::layers {
 
@@ -59,6 +60,16 @@ using LayerNorm = Holder<LayerNormImpl, LayerNormOptions>;
 struct Gain {
   Tensor weight = {}, bias = {};
 };
+
+// What ops::norm_linear and ops::norm_mlp take of a norm.
+inline ops::NormParameters norm_parameters(const Gain& gain) {
+  return {.weight = given(gain.weight), .bias = given(gain.bias)};
+}
+inline ops::NormPartOptions norm_part(const NormOptions& options) {
+  return {.kind = options.kind == Normalization::rms_norm ? "rms_norm" : "layer_norm",
+          .epsilon = options.epsilon,
+          .zero_centered = options.zero_centered};
+}
 
 // norm(x), of the kind that the options name.
 Tensor normalize(const Tensor& x, const Gain& gain, const NormOptions& options);

@@ -7,19 +7,21 @@ WeightGradient::WeightGradient(const WeightGradientOptions& options) : options_(
 }
 
 Tensor WeightGradient::product(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  if (!weight.requires_grad() || !torch::GradMode::is_enabled()) {
-    return ops::linear(x, weight, given(bias));
-  }
+  return ops::linear(x, weight, given(bias), destination("Linear", weight));
+}
+
+ops::WeightGradientOptions WeightGradient::destination(const char* layer, const Tensor& weight) {
   ops::WeightGradientOptions options;
+  if (!weight.requires_grad() || !torch::GradMode::is_enabled()) return options;
   if (options_.accumulate_main_grad) {
-    TORCH_CHECK(main_grad.defined(), "Linear: main_grad: expected a buffer of ", weight.sizes(),
+    TORCH_CHECK(main_grad.defined(), layer, ": main_grad: expected a buffer of ", weight.sizes(),
                 ", not none; accumulate_main_grad is on");
     options.main_grad = main_grad;
     options.accumulate = !overwrite;
     overwrite = false;
   }
   if (delayed_) options.delayed = delayed_;
-  return ops::linear(x, weight, given(bias), options);
+  return options;
 }
 
 void WeightGradient::backward_dw(Tensor weight) {

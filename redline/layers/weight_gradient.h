@@ -16,8 +16,12 @@ class WeightGradient {
   WeightGradient() = default;
   explicit WeightGradient(const WeightGradientOptions& options);
 
-  // x W^T + bias; bias may be undefined. Asks for main_grad where it is accumulated.
+  // x W^T + bias; bias may be undefined.
   Tensor product(const Tensor& x, const Tensor& weight, const Tensor& bias);
+
+  // An op's options that send the gradient of `weight` where this one's say, for one call. Asks for
+  // main_grad where it is accumulated; `layer` is what the message begins with.
+  ops::WeightGradientOptions destination(const char* layer, const Tensor& weight);
 
   // The oldest weight gradient that backward left, into main_grad or weight.grad(); nothing where
   // they are not delayed.

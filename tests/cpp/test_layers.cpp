@@ -63,8 +63,44 @@ TEST(Layers, BadOptionsAreRefusedAtConstruction) {
   EXPECT_EQ(refusal([] {
               LayerNormMLP built({.hidden_size = 4, .ffn_hidden_size = 4, .activation = "swish"});
             }),
-            "LayerNormMLP: activation: expected swiglu geglu reglu quick_geglu clamped_swiglu gelu "
-            "gelu_erf quick_gelu silu relu squared_relu, not swish");
+            "LayerNormMLP: activation: expected one of swiglu, geglu, reglu, quick_geglu, "
+            "clamped_swiglu, gelu, gelu_erf, quick_gelu, silu, relu, squared_relu, not swish");
+}
+
+TEST(Layers, LayerNormLinearGivesItsNormToo) {
+  LayerNormLinear kept({.in_features = 8, .out_features = 4, .keep_normalized = true});
+  const Tensor x = torch::randn({3, 8}, torch::requires_grad());
+  const auto [y, normalized] = kept->forward_normalized(x);
+  EXPECT_TRUE(torch::equal(normalized, normalize(x, kept->gain, kept->options.norm)));
+  EXPECT_TRUE(torch::equal(y, kept(x)));
+  const Tensor expected = torch::autograd::grad({y.sum()}, {x})[0];
+  kept->options.keep_normalized = false;
+  EXPECT_TRUE(torch::equal(torch::autograd::grad({kept(x).sum()}, {x})[0], expected));
+}
+
+TEST(Layers, LayerNormMLPSendsBothWeightGradientsWhereTheyBelong) {
+  for (const bool delayed : {false, true}) {
+    LayerNormMLP mlp(
+        {.hidden_size = 8,
+         .ffn_hidden_size = 4,
+         .weight_gradient = {.accumulate_main_grad = true, .delay_weight_grad = delayed}});
+    const Tensor x = torch::randn({3, 8});
+    EXPECT_EQ(refusal([&] { mlp(x); }).substr(0, 40), "LayerNormMLP: fc1: main_grad: expected a");
+    mlp->fc1_gradient.main_grad = torch::zeros_like(mlp->fc1_weight);
+    mlp->fc2_gradient.main_grad = torch::zeros_like(mlp->fc2_weight);
+    mlp(x).sum().backward();
+    if (delayed) {
+      EXPECT_FALSE(mlp->fc1_gradient.main_grad.any().item<bool>());
+      mlp->backward_dw();
+    }
+    LayerNormMLP stock({.hidden_size = 8, .ffn_hidden_size = 4});
+    for (size_t i = 0; i < stock->parameters().size(); ++i)
+      stock->parameters()[i].data().copy_(mlp->parameters()[i]);
+    stock(x).sum().backward();
+    EXPECT_FALSE(mlp->fc1_weight.grad().defined());
+    EXPECT_TRUE(torch::equal(mlp->fc1_gradient.main_grad, stock->fc1_weight.grad()));
+    EXPECT_TRUE(torch::equal(mlp->fc2_gradient.main_grad, stock->fc2_weight.grad()));
+  }
 }
 
 TEST(Layers, BackwardWritesOverTheLogitsUnlessAskedNotTo) {
