@@ -98,7 +98,8 @@ void check(const CrossEntropyGradient& args) {
   check_z_loss(args.z_loss);
 }
 
-void check_targets(const TensorView& targets, int64_t vocabulary, int64_t ignore_index) {
+void check_targets(const char* op, const TensorView& targets, int64_t vocabulary,
+                   int64_t ignore_index) {
   for (int64_t row = 0; row < targets.sizes[0]; ++row) {
     const int64_t target = targets.as<const int64_t>()[row];
     REDLINE_CHECK(target == ignore_index || (target >= 0 && target < vocabulary), op,

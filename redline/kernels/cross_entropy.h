@@ -68,7 +68,8 @@ void check(const CrossEntropyLoss&);  // on the CPU check_targets() too
 void check(const CrossEntropyGradient&);
 
 // Throws where a target is neither a class nor ignore_index. Reads the targets: CPU tensors alone.
-void check_targets(const TensorView& targets, int64_t vocabulary, int64_t ignore_index);
+void check_targets(const char* op, const TensorView& targets, int64_t vocabulary,
+                   int64_t ignore_index);
 
 // CPU. finish() adds the rows in index order.
 void run(const CrossEntropyStatistics&, Range rows);

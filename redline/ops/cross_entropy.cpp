@@ -3,6 +3,8 @@
 #include <ATen/MemoryOverlap.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
+#include <cmath>
+
 #include "redline/kernels/cross_entropy.h"
 #include "redline/ops/registration.h"
 #include "redline/ops/run.h"
@@ -12,15 +14,14 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
+using torch::autograd::AutogradContext, torch::autograd::variable_list;
 
 constexpr const char* op_name = "cross_entropy";
 
-Reduction reduction_from(std::string_view name) {
+Reduction reduction_from(const char* op, std::string_view name) {
   if (name == "none") return Reduction::none;
   if (name == "mean") return Reduction::mean;
-  TORCH_CHECK(name == "sum", op_name, ": reduction: expected none, mean or sum, not ", name);
+  TORCH_CHECK(name == "sum", op, ": reduction: expected none, mean or sum, not ", name);
   return Reduction::sum;
 }
 
@@ -36,14 +37,6 @@ void check_inputs(const Tensor& logits, const Tensor& targets) {
   TORCH_CHECK(targets.sym_sizes() == rows, op_name, ": targets: expected ", rows, ", not ",
               targets.sym_sizes());
   check_devices(op_name, logits, {{"targets", targets}});
-}
-
-void check_numbers(const CrossEntropyOptions& options) {
-  reduction_from(options.reduction);
-  TORCH_CHECK(options.label_smoothing >= 0 && options.label_smoothing <= 1, op_name,
-              ": label_smoothing: expected a number of [0, 1], not ", options.label_smoothing);
-  TORCH_CHECK(!options.logit_softcap || *options.logit_softcap > 0, op_name,
-              ": logit_softcap: expected more than 0, not ", *options.logit_softcap);
 }
 
 Tensor flat_targets(const Tensor& targets) {
@@ -77,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_loss(const Tensor& statistics,
                                                       std::string_view reduction_name,
                                                       int64_t ignore_index, double label_smoothing,
                                                       double z_loss) {
-  const Reduction reduction = reduction_from(reduction_name);
+  const Reduction reduction = reduction_from(op_name, reduction_name);
   const bool reduced = reduction != Reduction::none;
   const auto options = statistics.options();
   const Tensor log_sum_exp = at::empty_symint(targets.sym_sizes(), options);
@@ -102,31 +95,21 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_loss(const Tensor& statistics,
                               .label_smoothing = label_smoothing,
                               .z_loss = z_loss,
                               .reduction = reduction};
-  if (!statistics.is_cuda()) check_targets(args.targets, args.vocabulary, ignore_index);
+  if (!statistics.is_cuda()) check_targets(op_name, args.targets, args.vocabulary, ignore_index);
   if (run_on_cuda(statistics, args)) return {loss, log_sum_exp, count};
   parallel_ranges(rows.numel(), 4096, [&](Range range) { run(args, range); });
   if (reduced) finish(args);
   return {loss, log_sum_exp, count};
 }
 
-// What both gradients take besides the logits and where they write.
-struct GradientInputs {
-  Tensor targets, statistics, loss_grad;
-  OptionalTensor log_sum_exp_grad, count;
-  c10::SymInt vocab_start, vocabulary;
-  int64_t ignore_index;
-  double label_smoothing, z_loss;
-  std::optional<double> logit_softcap;
-};
-
-void write_gradient(const Tensor& logits, const Tensor& logits_grad, const GradientInputs& in) {
+void write_gradient(const Tensor& logits, const Tensor& logits_grad,
+                    const CrossEntropyUpstream& in) {
   const Tensor rows = flat_targets(in.targets);
   const auto type = accumulation_type(logits);
   const Tensor loss_grad = in.loss_grad.to(type).reshape({-1}).contiguous();
   OptionalTensor lse_grad = in.log_sum_exp_grad;
   if (lse_grad) lse_grad = lse_grad->to(type).reshape({-1}).contiguous();
-  OptionalTensor count = in.count;
-  if (count) count = count->view({1});
+  const OptionalTensor count = in.count ? OptionalTensor(in.count->view({1})) : std::nullopt;
   TensorView upstream = view(loss_grad);
   if (in.loss_grad.dim() == 0) {  // of a reduced loss: one value for all rows
     upstream.sizes[0] = rows.numel();
@@ -141,10 +124,10 @@ void write_gradient(const Tensor& logits, const Tensor& logits_grad, const Gradi
                                   .logits_grad = view_rows(logits_grad),
                                   .vocab_start = in.vocab_start.expect_int(),
                                   .vocabulary = in.vocabulary.expect_int(),
-                                  .ignore_index = in.ignore_index,
-                                  .label_smoothing = in.label_smoothing,
-                                  .z_loss = in.z_loss,
-                                  .softcap = in.logit_softcap.value_or(0)};
+                                  .ignore_index = in.options.ignore_index,
+                                  .label_smoothing = in.options.label_smoothing,
+                                  .z_loss = in.options.z_loss,
+                                  .softcap = in.options.logit_softcap.value_or(0)};
   run_rows(logits, args, args.logits.sizes[0], args.logits.sizes[1]);
 }
 
@@ -156,9 +139,10 @@ Tensor cross_entropy_gradient(const Tensor& logits, const Tensor& targets, const
   check_inputs(logits, targets);
   const Tensor logits_grad = at::empty_like(logits, at::MemoryFormat::Contiguous);
   if (logits.is_meta()) return logits_grad;
-  write_gradient(with_rows(logits), logits_grad,
-                 {targets, statistics, loss_grad, log_sum_exp_grad, count, vocab_start, vocabulary,
-                  ignore_index, label_smoothing, z_loss, logit_softcap});
+  const CrossEntropyOptions formula = {"", ignore_index, label_smoothing, z_loss, logit_softcap};
+  write_gradient(
+      with_rows(logits), logits_grad,
+      {targets, statistics, loss_grad, log_sum_exp_grad, count, vocab_start, vocabulary, formula});
   return logits_grad;
 }
 
@@ -174,48 +158,24 @@ void cross_entropy_gradient_inplace(Tensor& logits, const Tensor& targets, const
   if (!logits.is_inference()) torch::autograd::impl::bump_version(logits);
   if (logits.is_meta()) return;
   const Tensor rows = with_rows(logits);  // a copy where the layout asks for one
-  write_gradient(rows, rows,
-                 {targets, statistics, loss_grad, log_sum_exp_grad, count, vocab_start, vocabulary,
-                  ignore_index, label_smoothing, z_loss, logit_softcap});
+  const CrossEntropyOptions formula = {"", ignore_index, label_smoothing, z_loss, logit_softcap};
+  write_gradient(
+      rows, rows,
+      {targets, statistics, loss_grad, log_sum_exp_grad, count, vocab_start, vocabulary, formula});
   if (!rows.is_same(logits)) logits.copy_(rows);
 }
 
-// Through the dispatcher, so that tracing sees the inner ops.
 struct Forward {
   Tensor loss, log_sum_exp, count, statistics;
 };
 
 Forward call_forward(const Tensor& logits, const Tensor& targets,
                      const CrossEntropyOptions& options, bool every_row) {
-  static const auto find_statistics =
-      find_op<decltype(cross_entropy_statistics)>("redline::cross_entropy_statistics");
-  static const auto find_loss =
-      find_op<decltype(cross_entropy_loss)>("redline::cross_entropy_loss");
   check_inputs(logits, targets);
-  check_numbers(options);
-  const auto skipped = every_row ? std::nullopt : std::optional(options.ignore_index);
-  const Tensor statistics = find_statistics.call(logits, targets, 0, options.logit_softcap, skipped,
-                                                 options.label_smoothing != 0);
-  const auto [loss, log_sum_exp, count] =
-      find_loss.call(statistics, targets, logits.sym_size(-1), options.reduction,
-                     options.ignore_index, options.label_smoothing, options.z_loss);
-  return {loss, log_sum_exp, count, statistics};
-}
-
-Tensor call_gradient(Tensor logits, const GradientInputs& in, bool inplace) {
-  if (inplace) {
-    static const auto op = find_op<decltype(cross_entropy_gradient_inplace)>(
-        "redline::cross_entropy_gradient_inplace");
-    op.call(logits, in.targets, in.statistics, in.loss_grad, in.log_sum_exp_grad, in.count,
-            in.vocab_start, in.vocabulary, in.ignore_index, in.label_smoothing, in.z_loss,
-            in.logit_softcap);
-    return logits.detach();
-  }
-  static const auto op =
-      find_op<decltype(cross_entropy_gradient)>("redline::cross_entropy_gradient");
-  return op.call(logits, in.targets, in.statistics, in.loss_grad, in.log_sum_exp_grad, in.count,
-                 in.vocab_start, in.vocabulary, in.ignore_index, in.label_smoothing, in.z_loss,
-                 in.logit_softcap);
+  check_options(op_name, options);
+  const Tensor statistics = call_statistics(logits, targets, options, every_row);
+  const auto [loss, lse, count] = call_loss(statistics, targets, logits.sym_size(-1), options);
+  return {loss, lse, count, statistics};
 }
 
 // --- derivative ---------------------------------------------------------------------------------
@@ -242,16 +202,11 @@ struct CrossEntropyFunction : public torch::autograd::Function<CrossEntropyFunct
                                const CrossEntropyOptions& options, bool with_log_sum_exp) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const Forward out = call_forward(logits, targets, options, with_log_sum_exp);
+    save_options(ctx, options);
     const bool mean = options.reduction == "mean";
     ctx->save_for_backward({logits, targets, out.statistics, mean ? out.count : Tensor()});
-    ctx->saved_data["ignore_index"] = options.ignore_index;
-    ctx->saved_data["label_smoothing"] = options.label_smoothing;
-    ctx->saved_data["z_loss"] = options.z_loss;
-    ctx->saved_data["logit_softcap"] = options.logit_softcap;
-    ctx->saved_data["inplace_backward"] = options.inplace_backward;
     ctx->set_materialize_grads(false);
-    if (with_log_sum_exp) return {out.loss, out.log_sum_exp};
-    return {out.loss};
+    return with_log_sum_exp ? variable_list{out.loss, out.log_sum_exp} : variable_list{out.loss};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -260,16 +215,14 @@ struct CrossEntropyFunction : public torch::autograd::Function<CrossEntropyFunct
     const Tensor lse_grad = grads.size() > 1 ? grads[1] : Tensor();
     if (!grads[0].defined() && !lse_grad.defined()) return {Tensor(), Tensor(), Tensor(), Tensor()};
     const Tensor loss_grad = grads[0].defined() ? grads[0] : at::zeros({}, statistics.options());
-    const bool inplace = ctx->saved_data["inplace_backward"].toBool() && !is_traced(logits);
+    const CrossEntropyOptions options = saved_options(ctx);
+    const bool inplace = options.inplace_backward && !is_traced(logits);
     TORCH_CHECK(!inplace || !at::GradMode::is_enabled(), op_name,
                 ": inplace_backward: expected a backward without create_graph");
-    const Tensor logits_grad = call_gradient(
-        logits,
-        {targets, statistics, loss_grad, optional(lse_grad), optional(saved[3]), 0,
-         logits.sym_size(-1), ctx->saved_data["ignore_index"].toInt(),
-         ctx->saved_data["label_smoothing"].toDouble(), ctx->saved_data["z_loss"].toDouble(),
-         ctx->saved_data["logit_softcap"].toOptional<double>()},
-        inplace);
+    const Tensor logits_grad = call_gradient(logits,
+                                             {targets, statistics, loss_grad, optional(lse_grad),
+                                              optional(saved[3]), 0, logits.sym_size(-1), options},
+                                             inplace);
     return {logits_grad, Tensor(), Tensor(), Tensor()};
   }
 };
@@ -323,6 +276,68 @@ void implement_inner(torch::Library& m) {
 }
 
 }  // namespace
+
+// --- for nodes that hold the logits in parts ----------------------------------------------------
+
+void check_options(const char* op, const CrossEntropyOptions& options) {
+  reduction_from(op, options.reduction);
+  TORCH_CHECK(options.label_smoothing >= 0 && options.label_smoothing <= 1, op,
+              ": label_smoothing: expected a number of [0, 1], not ", options.label_smoothing);
+  TORCH_CHECK(options.z_loss >= 0 && std::isfinite(options.z_loss), op,
+              ": z_loss: expected a finite number of 0 or more, not ", options.z_loss);
+  TORCH_CHECK(!options.logit_softcap || *options.logit_softcap > 0, op,
+              ": logit_softcap: expected more than 0, not ", *options.logit_softcap);
+}
+
+void save_options(AutogradContext* ctx, const CrossEntropyOptions& options) {
+  ctx->saved_data["reduction"] = options.reduction;
+  ctx->saved_data["ignore_index"] = options.ignore_index;
+  ctx->saved_data["label_smoothing"] = options.label_smoothing;
+  ctx->saved_data["z_loss"] = options.z_loss;
+  ctx->saved_data["logit_softcap"] = options.logit_softcap;
+  ctx->saved_data["inplace_backward"] = options.inplace_backward;
+}
+
+CrossEntropyOptions saved_options(AutogradContext* ctx) {
+  auto& data = ctx->saved_data;
+  return {data["reduction"].toStringRef(),
+          data["ignore_index"].toInt(),
+          data["label_smoothing"].toDouble(),
+          data["z_loss"].toDouble(),
+          data["logit_softcap"].toOptional<double>(),
+          data["inplace_backward"].toBool()};
+}
+
+Tensor call_statistics(const Tensor& logits, const Tensor& targets,
+                       const CrossEntropyOptions& options, bool every_row) {
+  static const auto op =
+      find_op<decltype(cross_entropy_statistics)>("redline::cross_entropy_statistics");
+  const auto skipped = every_row ? std::nullopt : std::optional(options.ignore_index);
+  return op.call(logits, targets, 0, options.logit_softcap, skipped, options.label_smoothing != 0);
+}
+
+std::tuple<Tensor, Tensor, Tensor> call_loss(const Tensor& statistics, const Tensor& targets,
+                                             c10::SymInt vocabulary,
+                                             const CrossEntropyOptions& options) {
+  static const auto op = find_op<decltype(cross_entropy_loss)>("redline::cross_entropy_loss");
+  return op.call(statistics, targets, std::move(vocabulary), options.reduction,
+                 options.ignore_index, options.label_smoothing, options.z_loss);
+}
+
+Tensor call_gradient(Tensor logits, const CrossEntropyUpstream& in, bool inplace) {
+  static const auto find_inplace =
+      find_op<decltype(cross_entropy_gradient_inplace)>("redline::cross_entropy_gradient_inplace");
+  static const auto find =
+      find_op<decltype(cross_entropy_gradient)>("redline::cross_entropy_gradient");
+  const auto call = [&](const auto& op) {
+    return op.call(logits, in.targets, in.statistics, in.loss_grad, in.log_sum_exp_grad, in.count,
+                   in.vocab_start, in.vocabulary, in.options.ignore_index,
+                   in.options.label_smoothing, in.options.z_loss, in.options.logit_softcap);
+  };
+  if (!inplace) return call(find);
+  call(find_inplace);
+  return logits.detach();
+}
 
 // --- public ops ---------------------------------------------------------------------------------
 

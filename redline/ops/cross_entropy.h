@@ -30,4 +30,33 @@ at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& targets,
 std::tuple<at::Tensor, at::Tensor> cross_entropy_with_log_sum_exp(
     const at::Tensor& logits, const at::Tensor& targets, const CrossEntropyOptions& options = {});
 
+// --- for nodes that hold the logits in parts ----------------------------------------------------
+
+// Throws where a number or the reduction is out of range, in the name of `op`.
+void check_options(const char* op, const CrossEntropyOptions& options);
+
+// A node's entries of saved_data: plain values, which compiled autograd can hash.
+void save_options(torch::autograd::AutogradContext* ctx, const CrossEntropyOptions& options);
+CrossEntropyOptions saved_options(torch::autograd::AutogradContext* ctx);
+
+// What a gradient takes besides the logits.
+struct CrossEntropyUpstream {
+  at::Tensor targets, statistics, loss_grad;
+  std::optional<at::Tensor> log_sum_exp_grad, count;
+  c10::SymInt vocab_start, vocabulary;
+  CrossEntropyOptions options;  // the formula's: no reduction
+};
+
+// The inner ops, through the dispatcher, so that tracing sees them.
+// [rows, 3], [rows, 4] with label smoothing; ignored rows are read where `every_row` is true.
+at::Tensor call_statistics(const at::Tensor& logits, const at::Tensor& targets,
+                           const CrossEntropyOptions& options, bool every_row);
+// {loss, log_sum_exp, count}; count is what a mean was divided by.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> call_loss(const at::Tensor& statistics,
+                                                         const at::Tensor& targets,
+                                                         c10::SymInt vocabulary,
+                                                         const CrossEntropyOptions& options);
+// The logits' gradient; with `inplace` over the logits.
+at::Tensor call_gradient(at::Tensor logits, const CrossEntropyUpstream& in, bool inplace);
+
 }  // namespace redline::ops

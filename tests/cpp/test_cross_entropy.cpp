@@ -79,9 +79,9 @@ TEST(CrossEntropy, WritesStatisticsLossAndGradient) {
 
 TEST(CrossEntropy, ATargetThatIsNoClassIsRefused) {
   const Tensors tensors({DType::float32, 3, 16});
-  EXPECT_NO_THROW(check_targets(tensors.targets, 3, -100));
-  EXPECT_THROW(check_targets(tensors.targets, 2, -100), Error);
-  EXPECT_NO_THROW(check_targets(tensors.targets, 2, 2));
+  EXPECT_NO_THROW(check_targets("op", tensors.targets, 3, -100));
+  EXPECT_THROW(check_targets("op", tensors.targets, 2, -100), Error);
+  EXPECT_NO_THROW(check_targets("op", tensors.targets, 2, 2));
 }
 
 TEST(CrossEntropy, ArgumentsThatDoNotFitAreRefused) {
