@@ -39,6 +39,10 @@ FAMILIES = {
         lambda x: ops.cross_entropy(x, torch.arange(ROWS, device=x.device) % COLS),
         [(ROWS, COLS)],
     ),
+    "fused_linear_cross_entropy": (
+        lambda x, w: ops.fused_linear_cross_entropy(x, w, torch.arange(ROWS, device=x.device) % 9),
+        [(ROWS, COLS), (COLS, COLS)],
+    ),
     "embedding": (
         lambda w: ops.embedding(torch.arange(99, device=w.device) % ROWS, w),
         [(ROWS, COLS)],

@@ -74,6 +74,10 @@ def heads(dtype):
     weight, x = draw(24, 40, dtype=dtype), draw(7, 40, dtype=dtype)
     main_grad = torch.zeros(24, 40, device="cuda")
     both(lambda a, w: ops.linear(a, w, main_grad=main_grad), x, weight)
+    targets = torch.randint(24, (7,), device="cuda")
+    head = ops.fused_linear_cross_entropy
+    both(lambda a, w: head(a, w, targets, main_grad=main_grad), x, weight)
+    both(lambda a, w: head(a, w, targets, loss_scale=1.0), x, weight)
     gain, fc1, fc2 = (draw(*s, dtype=dtype) for s in ((40,), (48, 40), (40, 24)))
     both(lambda a, g, w: ops.norm_linear(a, g, None, w, main_grad=main_grad), x, gain, weight)
     both(lambda a, g, w1, w2: ops.norm_mlp(a, g, None, w1, None, w2), x, gain, fc1, fc2)

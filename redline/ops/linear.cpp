@@ -59,14 +59,6 @@ void weight_grad_into(const Tensor& buffer, const Tensor& y_grad, const Tensor& 
   }
 }
 
-// What autograd is given for a weight whose gradient went into main_grad.
-Tensor dummy_of(const Tensor& main_grad, at::ScalarType dtype, const std::string& kind) {
-  if (kind == "none") return {};
-  const auto options = main_grad.options().dtype(dtype);
-  return kind == "zeros" ? at::zeros_symint(main_grad.sym_sizes(), options)
-                         : at::empty_symint(main_grad.sym_sizes(), options);
-}
-
 // --- derivative ---------------------------------------------------------------------------------
 
 struct LinearFunction : public torch::autograd::Function<LinearFunction> {
@@ -212,6 +204,13 @@ Tensor product_weight_grad(const Tensor& y_grad, const Tensor& x,
   if (!options.main_grad) return at::mm(y_grad.t(), x);
   linear_weight_grad_into(*options.main_grad, y_grad, x, options.accumulate);
   return dummy_of(*options.main_grad, x.scalar_type(), options.dummy_grad);
+}
+
+Tensor dummy_of(const Tensor& main_grad, at::ScalarType dtype, const std::string& kind) {
+  if (kind == "none") return {};
+  const auto options = main_grad.options().dtype(dtype);
+  return kind == "zeros" ? at::zeros_symint(main_grad.sym_sizes(), options)
+                         : at::empty_symint(main_grad.sym_sizes(), options);
 }
 
 void save_weight_gradient(AutogradContext* ctx, const std::string& name,

@@ -87,6 +87,8 @@ at::Tensor product_input_grad(const at::Tensor& y_grad, const at::Tensor& weight
 // x [rows, in].
 at::Tensor product_weight_grad(const at::Tensor& y_grad, const at::Tensor& x,
                                const WeightGradientOptions& options);
+// What autograd is given for a weight of `dtype` whose gradient went into main_grad.
+at::Tensor dummy_of(const at::Tensor& main_grad, at::ScalarType dtype, const std::string& kind);
 
 // A node's entries of saved_data for one weight, `name` and what belongs to it: plain values, which
 // compiled autograd can hash. main_grad is no saved variable: others write to it before this node's

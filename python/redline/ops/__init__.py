@@ -10,6 +10,7 @@ from redline.ops.attention import attention
 from redline.ops.bias_dropout_add import bias_dropout_add
 from redline.ops.cross_entropy import cross_entropy
 from redline.ops.embedding import embedding, embedding_backward_into
+from redline.ops.fused_linear_cross_entropy import fused_linear_cross_entropy
 from redline.ops.gated_activation import gated_activation, gated_activation_pair
 from redline.ops.gradient_norm import clip_coefficient, gradient_norm, scale_gradients
 from redline.ops.linear import WeightGradientQueue, linear
@@ -28,6 +29,7 @@ __all__ = [
     "cross_entropy",
     "embedding",
     "embedding_backward_into",
+    "fused_linear_cross_entropy",
     "gated_activation",
     "gated_activation_pair",
     "gradient_norm",

@@ -1,0 +1,35 @@
+// The loss of a head, cross_entropy(x W^T + bias, targets), chunk by chunk: the logits of a part of
+// the tokens, or of the vocabulary, stand in one buffer at a time (formulas:
+// kernels/cross_entropy.h; sizes: docs/memory.md). The products are ATen's.
+// Forward computes each row's statistics (one product). Backward computes the logits again, a slice
+// of the vocabulary at a time, writes their gradient over them and multiplies (three products): the
+// gradient of a weight's row is one product over all tokens, rounded once. Kept: x, the weight, the
+// bias, and three float32 per token, four with label smoothing.
+#pragma once
+
+#include "redline/ops/cross_entropy.h"
+#include "redline/ops/linear.h"
+
+namespace redline::ops {
+
+struct FusedLinearCrossEntropyOptions {
+  CrossEntropyOptions loss = {};  // inplace_backward has no meaning: the logits are no one's
+  // The upstream gradient that backward will be given, on x's device: a scalar, or with reduction
+  // "none" also one number per token. Forward then computes the gradients too, a chunk of the
+  // tokens at a time and without a product computed twice, and keeps them, the weight's in float32.
+  // Another upstream gradient rescales those of a mean or a sum; of "none" it is an error on CPU,
+  // and on CUDA, where nothing is read back, gives NaN. A backward with create_graph is an error.
+  std::optional<at::Tensor> loss_scale = {};
+  // main_grad is written in backward alone. `delayed` is refused: it would keep the logits.
+  WeightGradientOptions weight_gradient = {};
+};
+
+// The loss of x [..., hidden], weight [vocabulary, hidden], targets [...] of int64 or int32 and
+// bias [vocabulary]: float32 (float64 for float64), a scalar, or the targets' shape with reduction
+// "none". Products that no one needs, for x or the weight is frozen, are left out.
+at::Tensor fused_linear_cross_entropy(const at::Tensor& x, const at::Tensor& weight,
+                                      const at::Tensor& targets,
+                                      const std::optional<at::Tensor>& bias = {},
+                                      const FusedLinearCrossEntropyOptions& options = {});
+
+}  // namespace redline::ops

@@ -1,0 +1,55 @@
+// The inner ops of fused_linear_cross_entropy, through the dispatcher: what runs over chunks.
+#pragma once
+
+#include <array>
+
+#include "redline/ops/cross_entropy.h"
+
+namespace redline::ops {
+
+struct LossHead {
+  at::Tensor x, weight;  // [..., hidden], [vocabulary, hidden]
+  std::optional<at::Tensor> bias;
+  at::Tensor targets;  // [...]
+  CrossEntropyOptions options;
+};
+
+// Which of the gradients of x, the weight and the bias are wanted.
+using WantedGradients = std::array<bool, 3>;
+
+// A gradient that is not wanted has no elements.
+struct HeadGradients {
+  at::Tensor x, weight, bias;
+};
+
+// Where the weight's gradient goes in place of HeadGradients::weight.
+struct MainGrad {
+  std::optional<at::Tensor> buffer;
+  bool accumulate = true;
+};
+
+struct HeadLoss {
+  at::Tensor loss;
+  at::Tensor statistics;  // [tokens, 3 or 4]
+  at::Tensor count;       // what a mean was divided by
+};
+HeadLoss head_loss(const LossHead& head);
+
+// From the logits, computed again in slices of the vocabulary.
+HeadGradients head_gradients(const LossHead& head, const HeadLoss& forward,
+                             const at::Tensor& loss_grad, WantedGradients wanted,
+                             const MainGrad& main_grad);
+
+// The loss and the gradients under the upstream gradient `loss_scale`; those of the weight and the
+// bias in the dtype of sums.
+std::pair<at::Tensor, HeadGradients> promised_gradients(const LossHead& head,
+                                                        const at::Tensor& loss_scale,
+                                                        WantedGradients wanted);
+
+// What `kept` of promised_gradients becomes under the upstream gradient `loss_grad`: a tensor of
+// `dtype`, or nothing where it went into main_grad.
+at::Tensor fulfilled_gradient(const at::Tensor& kept, const at::Tensor& loss_grad,
+                              const at::Tensor& loss_scale, at::ScalarType dtype,
+                              const MainGrad& main_grad);
+
+}  // namespace redline::ops

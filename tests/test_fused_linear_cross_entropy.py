@@ -1,0 +1,274 @@
+"""fused_linear_cross_entropy against float64, in both of its modes, and what the laws ask."""
+# Over budget: parameters: a test has one for each thing that is varied.
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import contract
+from cases import DEVICES, randn, strided, wide
+from head_cases import CHUNKED, OPTIONS, call, draw, dtypes, leaves_of, modes, stock_of, truth_of
+from redline import ops
+from tolerance import assert_close
+
+pytestmark = pytest.mark.parametrize("device", DEVICES)
+
+# (tokens, hidden, vocabulary): one of each, odd, a tile's edge, no tokens, no hidden.
+CASES = [(1, 1, 1), (3, 5, 7), (9, 33, 255), (130, 24, 129), (1, 16, 4097), (0, 8, 64), (4, 0, 9)]
+
+
+def compare(case, dtype, device, options, with_bias, promised):
+    tensors, targets = draw(case, dtype, device, with_bias)
+    upstream = randn(case[0], dtype=torch.float32, device=device, seed=5)
+    leaves = leaves_of(tensors)
+    scale = upstream if promised else None
+    losses = call(leaves, targets, "none", loss_scale=scale, **options)
+    assert losses.dtype == torch.float32 and losses.shape == targets.shape
+    grads = torch.autograd.grad(losses, leaves, upstream)
+    truth, grads64 = truth_of(tensors, targets, upstream, options)
+    # The logits are rounded to the dtype, up to four roundings of 1 at their size; then the
+    # logits' gradient, and what the products make of it.
+    bulk = 1 + truth.abs().max().item() if case[0] else 1
+    assert_close(losses.cpu().double() + bulk, truth + bulk, dtype, roundings=4, sums=16)
+    theirs = [None] * 3
+    if set(options) <= {"label_smoothing"} and case[1]:
+        theirs = [grad.cpu() for grad in stock_of(tensors, targets, upstream, **options)[1]]
+    for what, grad, grad64, stock in zip(
+        ("x", "weight", "bias"), grads, grads64, theirs, strict=False
+    ):
+        assert grad.dtype == dtype
+        if case[2] == 1:  # what is left of terms of the upstream gradient's size
+            assert_close(grad.cpu().double() + 4, grad64 + 4, dtype)
+        else:
+            assert_close(
+                grad.cpu(), grad64, dtype, roundings=8, sums=64, stock=stock, what=f"{what}_grad"
+            )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "x".join(map(str, case)))
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@dtypes
+@modes
+def test_forward_and_backward(promised, dtype, options, case, device):
+    for with_bias in (True, False):
+        compare(case, dtype, device, options, with_bias, promised)
+
+
+@dtypes
+@modes
+def test_chunks(promised, dtype, device):
+    compare(CHUNKED[device], dtype, device, OPTIONS["all"], True, promised)
+
+
+@modes
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("ignored", [0, 3, 12])
+def test_reductions_and_ignored_tokens_follow_stock(ignored, reduction, promised, device):
+    """Under an upstream gradient that is not the promised one, but for "none"."""
+    tensors, targets = draw((12, 6, 77), torch.float32, device)
+    targets[:ignored] = -7
+    leaves, others = leaves_of(tensors), wide(*tensors)
+    up = randn(*([12] if reduction == "none" else []), dtype=torch.float32, device=device)
+    scale = None
+    if promised:
+        scale = up if reduction == "none" else 4.0
+    loss = call(leaves, targets, reduction, -7, loss_scale=scale)
+    stock = F.cross_entropy(F.linear(*others), targets.cpu(), reduction=reduction, ignore_index=-7)
+    assert_close(loss.cpu(), stock.detach(), sums=16)
+    ours = torch.autograd.grad(loss, leaves, up)
+    theirs = torch.autograd.grad(stock, others, up.cpu().double())
+    for grad, grad64 in zip(ours, theirs, strict=True):
+        assert_close(grad.cpu(), grad64.nan_to_num(0.0), sums=32)  # stock's 0 / 0 is NaN
+    assert not ours[0][:ignored].any()
+    if ignored == 12 and reduction == "mean":
+        assert loss.isnan() and not any(grad.any() for grad in ours)
+
+
+@modes
+@dtypes
+@pytest.mark.parametrize("chunked", [False, True], ids=["one", "chunked"])
+def test_same_bits(chunked, dtype, promised, device):
+    """For one number of threads: MKL splits rows over those it has."""
+    tensors, targets = draw(CHUNKED[device] if chunked else (70, 33, 1001), dtype, device)
+    results = []
+    for _ in range(2):
+        leaves = leaves_of(tensors)
+        loss = call(leaves, targets, loss_scale=1.0 if promised else None)
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    contract.equal_bits(*results)
+
+
+@modes
+def test_follows_cross_entropy_of_linear(promised, device):
+    tensors, targets = draw((9, 32, 256), torch.float32, device, with_bias=False)
+    leaves, others = leaves_of(tensors), leaves_of(tensors)
+    loss = call(leaves, targets, loss_scale=1.0 if promised else None)
+    unfused = ops.cross_entropy(ops.linear(*others), targets)
+    assert_close(loss.cpu(), unfused.double().cpu(), roundings=4)
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, leaves), torch.autograd.grad(unfused, others), strict=True
+    ):
+        assert_close(ours.cpu(), theirs.double().cpu(), sums=16)
+
+
+@modes
+@dtypes
+def test_strided_and_batched_inputs(dtype, promised, device):
+    (x, weight, bias), targets = draw((24, 10, 50), dtype, device)
+    scale = 1.0 if promised else None
+    leaves = leaves_of((x, weight, bias))
+    loss = call(leaves, targets, loss_scale=scale)
+    expected = torch.autograd.grad(loss, leaves)
+    others = [
+        strided(x.view(4, 6, 10).transpose(0, 1)).requires_grad_(),
+        weight.t().contiguous().t().requires_grad_(),
+        strided(bias).requires_grad_(),
+    ]
+    turned = call(others, targets.view(4, 6).t(), loss_scale=scale)
+    assert_close(turned.cpu(), loss.detach().double().cpu(), dtype, sums=16)
+    x_grad, *rest = torch.autograd.grad(turned, others)
+    for ours, theirs in zip((x_grad.transpose(0, 1).reshape(24, 10), *rest), expected, strict=True):
+        assert_close(ours.cpu(), theirs.double().cpu(), dtype, roundings=2, sums=16)
+
+
+@modes
+def test_one_token_without_an_axis(promised, device):
+    (x, weight, _), targets = draw((1, 6, 9), torch.float32, device)
+    leaves = leaves_of((x[0], weight))
+    loss = call(leaves, targets[0].int(), "none", loss_scale=1.0 if promised else None)
+    assert loss.shape == () and torch.autograd.grad(loss, leaves)[0].shape == (6,)
+
+
+# --- which products run ---------------------------------------------------------------------------
+
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_"}
+
+
+def products(function):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        result = function()
+    return result, sum(event.name in PRODUCTS for event in profiler.events())
+
+
+@pytest.mark.parametrize(
+    ("frozen", "recomputed", "promised"),
+    [("", (1, 3), 3), ("x", (1, 2), 2), ("weight", (1, 2), 2), ("x weight", (1, 1), 1)],
+    ids=["none", "x", "weight", "both"],
+)
+def test_products_that_no_one_needs_are_left_out(frozen, recomputed, promised, device):
+    tensors, targets = draw((9, 32, 256), torch.float32, device)
+    leaves = dict(zip(("x", "weight", "bias"), leaves_of(tensors), strict=True))
+    for name in frozen.split():
+        leaves[name].requires_grad_(False)
+    loss, forward = products(lambda: call(leaves.values(), targets))
+    _, backward = products(loss.backward)
+    assert (forward, backward) == recomputed
+    grads = {name: leaf.grad for name, leaf in leaves.items()}
+    assert {name for name, grad in grads.items() if grad is None} == set(frozen.split())
+    for leaf in leaves.values():
+        leaf.grad = None
+    loss, forward = products(lambda: call(leaves.values(), targets, loss_scale=1.0))
+    _, backward = products(loss.backward)
+    assert (forward, backward) == (promised, 0)
+    for name, leaf in leaves.items():
+        if name in frozen.split():
+            assert leaf.grad is None
+        else:
+            assert_close(leaf.grad.cpu(), grads[name].double().cpu(), sums=16)
+
+
+def test_a_promise_costs_nothing_without_a_gradient(device):
+    tensors, targets = draw((9, 32, 256), torch.float32, device)
+    with torch.no_grad():
+        assert products(lambda: call(leaves_of(tensors), targets, loss_scale=1.0))[1] == 1
+    assert products(lambda: call(tensors, targets, loss_scale=1.0))[1] == 1
+    contract.runs_in_inference_mode(lambda x, w: call((x, w), targets, loss_scale=1.0), tensors[:2])
+
+
+# --- the promise ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [8.0, "tensor"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@dtypes
+def test_another_upstream_gradient_rescales(dtype, reduction, scale, device):
+    tensors, targets = draw((9, 32, 256), dtype, device)
+    scale = torch.tensor(1024.0, device=device) if scale == "tensor" else scale
+    up = torch.tensor(0.3, device=device)
+    grads = []
+    for promise in (scale, None):
+        leaves = leaves_of(tensors)
+        loss = call(leaves, targets, reduction, loss_scale=promise)
+        grads.append(torch.autograd.grad(loss, leaves, up))
+    for ours, theirs in zip(*grads, strict=True):
+        assert_close(ours.cpu(), theirs.double().cpu(), dtype, roundings=3, sums=16)
+
+
+def test_another_upstream_gradient_of_none_is_refused(device):
+    tensors, targets = draw((9, 32, 256), torch.float32, device)
+    up = torch.ones(9, device=device)
+    leaves = leaves_of(tensors)
+    main_grad = torch.zeros_like(tensors[1])
+    loss = call(leaves, targets, "none", loss_scale=up, main_grad=main_grad)
+    up = torch.arange(9, device=device).clamp(max=1) + 0.0
+    if device == "cpu":
+        with pytest.raises(RuntimeError, match="loss_scale: expected the upstream gradient that w"):
+            loss.backward(up)
+        assert not main_grad.any()
+    else:
+        loss.backward(up)
+        assert leaves[0].grad.isnan().all() and leaves[2].grad.isnan().all()
+        assert main_grad.isnan().all()
+
+
+def test_a_promised_backward_with_create_graph_is_refused(device):
+    tensors, targets = draw((9, 32, 256), torch.float32, device)
+    leaves = leaves_of(tensors)
+    loss = call(leaves, targets, loss_scale=1.0)
+    with pytest.raises(RuntimeError, match="loss_scale: expected a backward without create_graph"):
+        torch.autograd.grad(loss, leaves, create_graph=True)
+
+
+# --- main_grad ------------------------------------------------------------------------------------
+
+
+@modes
+@dtypes
+@pytest.mark.parametrize("buffer_dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("accumulate", [True, False], ids=["adds", "overwrites"])
+@pytest.mark.parametrize("chunked", [False, True], ids=["one", "chunked"])
+def test_main_grad(chunked, accumulate, buffer_dtype, dtype, promised, device):
+    case = CHUNKED[device] if chunked else (9, 33, 255)
+    tensors, targets = draw(case, dtype, device)
+    leaves = leaves_of(tensors)
+    before = randn(*tensors[1].shape, dtype=buffer_dtype, device=device, seed=9, scale=1e-3)
+    main_grad = before.clone() if accumulate else torch.full_like(before, float("nan"))
+    untouched, version = main_grad.clone(), main_grad._version
+    scale = 2.0 if promised else None
+    loss = call(leaves, targets, loss_scale=scale, main_grad=main_grad, accumulate=accumulate)
+    contract.equal_bits([main_grad], [untouched])  # forward leaves it alone
+    loss.backward(torch.tensor(2.0, device=device))
+    assert main_grad._version > version
+    assert leaves[1].grad is None and leaves[0].grad is not None and leaves[2].grad is not None
+    upstream = torch.full((case[0],), 2.0 / case[0], device=device)
+    _, (_, truth, _) = truth_of(tensors, targets, upstream, {})
+    truth = truth + before.cpu().double() if accumulate else truth
+    _, (_, stock, _) = stock_of(tensors, targets, upstream)
+    stock = stock.cpu() + before.cpu() if accumulate else stock.cpu()
+    assert_close(main_grad.cpu(), truth, buffer_dtype, roundings=8, sums=64, stock=stock)
+
+
+@modes
+@pytest.mark.parametrize("dummy", ["none", "empty", "zeros"])
+def test_main_grad_gives_autograd_a_dummy(dummy, promised, device):
+    tensors, targets = draw((9, 32, 256), torch.bfloat16, device)
+    leaves = leaves_of(tensors)
+    main_grad = torch.zeros(256, 32, device=device)
+    scale = 1.0 if promised else None
+    call(leaves, targets, loss_scale=scale, main_grad=main_grad, dummy_grad=dummy).backward()
+    assert main_grad.abs().sum() > 0
+    if dummy == "none":
+        assert leaves[1].grad is None
+        return
+    assert leaves[1].grad.shape == leaves[1].shape and leaves[1].grad.dtype == torch.bfloat16
+    assert dummy == "empty" or not leaves[1].grad.any()
