@@ -90,6 +90,61 @@ def test_gpt_under_autocast(name, device):
         assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all()
 
 
+fused = pytest.mark.parametrize("mode", ["promise", "recompute"])
+
+
+def grads_of(gpt, tokens, scale=1.0):
+    gpt.zero_grad()
+    loss = gpt(tokens[:, :-1], tokens[:, 1:])
+    (loss * scale).backward()
+    return [loss.detach(), *(p.grad.clone() for p in gpt.parameters())]
+
+
+@gpts
+@fused
+def test_gpt_with_a_fused_loss(mode, name, device):
+    gpt, tokens = seeded_gpt(GPTS[name], device)
+    for scale in (1.0, 0.37):  # the second is not what was promised
+        gpt.fused_loss = "none"
+        expected = grads_of(gpt, tokens, scale)
+        gpt.fused_loss = mode
+        for ours, theirs in zip(grads_of(gpt, tokens, scale), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    torch._dynamo.reset()
+    compiled = torch.compile(gpt, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(grads_of(compiled, tokens), grads_of(gpt, tokens), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@fused
+def test_gpt_with_a_fused_loss_fills_main_grad(mode, device):
+    gpt, tokens = seeded_gpt(functools.partial(GPTS["GPT"], fused_loss=mode), device)
+    grads_of(gpt, tokens)
+    expected = gpt.head.weight.grad
+    gpt.head.set_weight_gradient(accumulate_main_grad=True, delay_weight_grad=False)
+    gpt.head.weight.main_grad = torch.zeros_like(gpt.head.weight)
+    gpt.zero_grad()
+    gpt(tokens[:, :-1], tokens[:, 1:]).backward()
+    assert gpt.head.weight.grad is None
+    torch.testing.assert_close(gpt.head.weight.main_grad, expected)
+
+
+@fused
+def test_gpt_with_a_fused_loss_refuses_what_its_head_would_do(mode, device):
+    gpt, tokens = seeded_gpt(functools.partial(GPTS["GPT"], fused_loss=mode), device)
+    for hook in (gpt.head.register_forward_hook, gpt.head.register_forward_pre_hook):
+        handle = hook(lambda *given: None)
+        with pytest.raises(RuntimeError, match="fused_loss: expected a head without forward hooks"):
+            gpt(tokens, tokens)
+        gpt(tokens)
+        handle.remove()
+    gpt.head.set_weight_gradient(accumulate_main_grad=False, delay_weight_grad=True)
+    with pytest.raises(RuntimeError, match="expected a head without delay_weight_grad"):
+        gpt(tokens, tokens)
+    with pytest.raises(ValueError, match="fused_loss: expected none, promise or recompute, not 1"):
+        GPTS["GPT"](fused_loss=1)
+
+
 def test_gpt_loss_with_frozen_parameters():
     gpt, tokens = GPTS["GPT"]().requires_grad_(False), torch.randint(31, (2, 9))
     assert not gpt(tokens, tokens).requires_grad

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "redline/ops/cross_entropy.h"
+#include "redline/ops/fused_linear_cross_entropy.h"
 
 namespace redline::layers {
 
@@ -37,20 +38,39 @@ void GPTImpl::reset_parameters() {
   }
 }
 
-Tensor GPTImpl::forward(const Tensor& tokens, const Packing& packing) {
+Tensor GPTImpl::features(const Tensor& tokens, const Packing& packing) {
   Stream stream = {.x = embedding(tokens)};
   for (const auto& layer : *layers)
     stream = layer->as<TransformerLayerImpl>()->forward_residual(stream, packing);
-  const Tensor x = stream.residual
-                       ? std::get<0>(final_norm->forward_residual(stream.x, *stream.residual))
-                       : final_norm(stream.x);
+  return stream.residual ? std::get<0>(final_norm->forward_residual(stream.x, *stream.residual))
+                         : final_norm(stream.x);
+}
+
+Tensor GPTImpl::logits(const Tensor& x) {
   return options.tied ? torch::linear(x, embedding->weight) : head(x);
 }
 
+Tensor GPTImpl::forward(const Tensor& tokens, const Packing& packing) {
+  return logits(features(tokens, packing));
+}
+
+Tensor GPTImpl::fused_loss(const Tensor& x, const Tensor& targets) {
+  ops::FusedLinearCrossEntropyOptions fused;
+  if (options.fused_loss == FusedLoss::promise) {
+    fused.loss_scale = torch::ones({}, x.options().dtype(torch::kFloat));
+  }
+  if (options.tied)
+    return ops::fused_linear_cross_entropy(x, embedding->weight, targets, {}, fused);
+  fused.weight_gradient = head->gradient.destination("Linear", head->weight);
+  return ops::fused_linear_cross_entropy(x, head->weight, targets, {}, fused);
+}
+
 Tensor GPTImpl::loss(const Tensor& tokens, const Tensor& targets, const Packing& packing) {
-  const Tensor logits = forward(tokens, packing);
-  const bool inplace = options.inplace_backward && logits.requires_grad();
-  return ops::cross_entropy(logits, targets, {.inplace_backward = inplace});
+  const Tensor x = features(tokens, packing);
+  if (options.fused_loss != FusedLoss::none) return fused_loss(x, targets);
+  const Tensor all = logits(x);
+  const bool inplace = options.inplace_backward && all.requires_grad();
+  return ops::cross_entropy(all, targets, {.inplace_backward = inplace});
 }
 
 }  // namespace redline::layers

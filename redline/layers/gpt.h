@@ -9,6 +9,12 @@
 
 namespace redline::layers {
 
+// loss() by ops/fused_linear_cross_entropy.h, which never holds all logits: `promise` computes the
+// gradients in forward, for an upstream gradient of 1, and rescales them for another; `recompute`
+// computes the logits again in backward and keeps least. A head whose weight gradient is delayed is
+// then an error.
+enum class FusedLoss { none, promise, recompute };
+
 struct GPTOptions {
   int64_t vocabulary = 0;
   int64_t layers = 0;
@@ -18,6 +24,7 @@ struct GPTOptions {
   // A second backward through the same loss is then an error, and a hook that keeps what the head
   // returned keeps its gradient.
   bool inplace_backward = true;
+  FusedLoss fused_loss = FusedLoss::none;
 };
 
 class GPTImpl : public torch::nn::Cloneable<GPTImpl> {
@@ -36,6 +43,12 @@ class GPTImpl : public torch::nn::Cloneable<GPTImpl> {
   torch::nn::ModuleList layers = nullptr;
   Norm final_norm = nullptr;
   Linear head = nullptr;
+
+ private:
+  // What the head reads: [batch, sequence, hidden].
+  Tensor features(const Tensor& tokens, const Packing& packing);
+  Tensor logits(const Tensor& x);
+  Tensor fused_loss(const Tensor& x, const Tensor& targets);
 };
 using GPT = Holder<GPTImpl, GPTOptions>;
 

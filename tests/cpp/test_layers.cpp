@@ -115,6 +115,40 @@ TEST(Layers, BackwardWritesOverTheLogitsUnlessAskedNotTo) {
   }
 }
 
+TEST(Layers, AFusedLossIsTheLossOfTheLogits) {
+  for (const bool tied : {true, false}) {
+    GPTOptions options = small_gpt();
+    options.tied = tied;
+    GPT gpt(options);
+    const Tensor expected = gpt->loss(some_tokens(), some_tokens());
+    const auto expected_grads = torch::autograd::grad({expected}, gpt->parameters());
+    for (const FusedLoss mode : {FusedLoss::promise, FusedLoss::recompute}) {
+      gpt->options.fused_loss = mode;
+      const Tensor loss = gpt->loss(some_tokens(), some_tokens());
+      EXPECT_TRUE(torch::allclose(loss, expected));
+      const auto grads = torch::autograd::grad({loss}, gpt->parameters());
+      for (size_t i = 0; i < grads.size(); ++i)
+        EXPECT_TRUE(torch::allclose(grads[i], expected_grads[i], 1e-4, 1e-6)) << i;
+    }
+  }
+}
+
+TEST(Layers, AFusedLossFillsMainGradAndRefusesToWait) {
+  GPTOptions options = small_gpt();
+  options.fused_loss = FusedLoss::promise;
+  GPT gpt(options);
+  gpt->head->gradient = WeightGradient({.accumulate_main_grad = true});
+  gpt->head->gradient.main_grad = torch::zeros_like(gpt->head->weight);
+  gpt->loss(some_tokens(), some_tokens()).backward();
+  EXPECT_FALSE(gpt->head->weight.grad().defined());
+  EXPECT_GT(gpt->head->gradient.main_grad.abs().sum().item<float>(), 0);
+  gpt->head->gradient = WeightGradient({.delay_weight_grad = true});
+  EXPECT_EQ(
+      refusal([&] { gpt->loss(some_tokens(), some_tokens()); }),
+      "fused_linear_cross_entropy: delayed: expected none, for a queue would keep the logits' "
+      "gradient");
+}
+
 struct Trained {
   Tensor parameter = torch::full({5}, 2.0, torch::requires_grad());
   AdamW optimizer{{parameter}, {.learning_rate = 0.1}};

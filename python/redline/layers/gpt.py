@@ -22,6 +22,11 @@ class GPT(torch.nn.Module):
     buffer of their size; a second backward through the same loss is then an error. Forward hooks on
     ``head`` see the logits and may keep them: with one registered nothing is written over.
 
+    fused_loss: the loss is ops.fused_linear_cross_entropy, which never holds all logits: "none"
+    (off); "promise" computes its gradients in forward, for an upstream gradient of 1, and rescales
+    them for another; "recompute" computes the logits again in backward and keeps least. There is
+    then nothing for a hook on ``head`` to see, nor for its backward_dw(): both are errors.
+
     >>> GPT(8192, 256, 704, layers=2, heads=4)(torch.zeros(1, 16, dtype=torch.int64)).shape
     torch.Size([1, 16, 8192])
     """
@@ -37,6 +42,7 @@ class GPT(torch.nn.Module):
         tied=False,
         *,
         inplace_backward=True,
+        fused_loss="none",
         normalization="RMSNorm",
         eps=1e-5,
         zero_centered=False,
@@ -45,10 +51,14 @@ class GPT(torch.nn.Module):
         **layer,
     ):
         super().__init__()
+        if fused_loss not in ("none", "promise", "recompute"):
+            raise ValueError(
+                f"GPT: fused_loss: expected none, promise or recompute, not {fused_loss}"
+            )
         factory = {"device": device, "dtype": dtype}
         norm = {"eps": eps, "zero_centered": zero_centered}
         layer |= {"normalization": normalization, **norm, **factory}
-        self.inplace_backward = inplace_backward
+        self.inplace_backward, self.fused_loss = inplace_backward, fused_loss
         self.embedding = Embedding(vocabulary, hidden_size, **factory)
         self.layers = torch.nn.ModuleList(
             TransformerLayer(hidden_size, ffn_hidden_size, heads, kv_heads, **layer)
@@ -76,6 +86,8 @@ class GPT(torch.nn.Module):
         for layer in self.layers:
             x, residual = layer.forward_residual(x, residual, **where)
         x = self.final_norm(x) if residual is None else self.final_norm(x, residual)[0]
+        if targets is not None and self.fused_loss != "none":
+            return self._fused_loss(x, targets)
         if self.head is None:
             logits = torch.nn.functional.linear(x, self.embedding.weight)
         else:
@@ -85,3 +97,20 @@ class GPT(torch.nn.Module):
         seen = self.head is not None and len(self.head._forward_hooks) > 0
         inplace = self.inplace_backward and logits.requires_grad and not seen
         return ops.cross_entropy(logits, targets, inplace_backward=inplace)
+
+    def _fused_loss(self, x, targets):
+        weight, options = self.embedding.weight, {}
+        if self.head is not None:
+            for given, what in (
+                (self.head._forward_hooks or self.head._forward_pre_hooks, "forward hooks"),
+                (self.head.delay_weight_grad, "delay_weight_grad"),
+            ):
+                if given:
+                    raise RuntimeError(
+                        f"GPT: fused_loss: expected a head without {what}, for its forward does "
+                        "not run; fused_loss='none' runs it"
+                    )
+            weight = self.head.weight
+            options = self.head.destination(weight)
+        scale = 1.0 if self.fused_loss == "promise" else None
+        return ops.fused_linear_cross_entropy(x, weight, targets, loss_scale=scale, **options)
