@@ -170,6 +170,7 @@ def _tuned_gpt(shape: Shape) -> nn.Module:
         shape.kv_heads,
         eps=shape.epsilon,
         max_positions=shape.sequence,
+        fused_loss="promise",
     )
 
 
