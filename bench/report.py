@@ -8,7 +8,7 @@ import rivals
 SAME = 0.02  # a smaller change than this is none
 
 HEADER = (
-    f"{'op':<34} {'':<8}{'shape':<26}{'dtype':<6}{'time us':>10}{'±':>6}{'floor us':>10}"
+    f"{'op':<34} {'':<11}{'shape':<26}{'dtype':<6}{'time us':>10}{'±':>6}{'floor us':>10}"
     f"{'of floor':>9}{'GB/s':>7}  rivals' time / ours"
 )
 
@@ -17,7 +17,7 @@ def line(row):
     rivals = [f"{k} {v / row['time_us']:.2f}x" for k, v in row["rivals"].items()]
     refused = [f"{k} not timed: {v}" for k, v in row["not_timed"].items()]
     return (
-        f"{row['name']:<34} {row['direction']:<8}{row['shape']:<26}{row['dtype']:<6}"
+        f"{row['name']:<34} {row['direction']:<11}{row['shape']:<26}{row['dtype']:<6}"
         f"{row['time_us']:>10.1f}{row['spread']:>6.1%}{row['floor_us']:>10.1f}"
         f"{row['of_redline']:>9.2f}{row['gb_s']:>7.0f}  {'  '.join(rivals + refused)}"
     )

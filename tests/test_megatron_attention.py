@@ -38,10 +38,30 @@ def device(request):
         yield request.param
 
 
+def moved(model, seed):
+    """Half of the weights one rounding larger."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            chosen = torch.rand(parameter.shape, generator=generator) < 0.5
+            parameter.mul_(1 + 1.2e-7 * chosen.to(parameter))
+    return model
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_option_trains_as_the_local_spec_does(name, device):
-    ours, theirs = (Trainer(model, device) for model in pair(device, LLAMA | OPTIONS[name]))
-    assert largest(ours.train(3), theirs.train(3)) < (2e-5 if device == "cpu" else 5e-4)
+    """The losses of three steps; on CUDA, whose sums are in another order, no further apart than
+    four times the local spec's own when its weights move by a rounding, or 5e-4: with sinks that
+    is up to 1.0e-3, of one seed in four (an H100)."""
+    options = LLAMA | OPTIONS[name]
+    ours, theirs = (Trainer(model, device).train(3) for model in pair(device, options))
+    bound = 2e-5
+    if device == "cuda":
+        others = (moved(pair(device, options)[1], seed) for seed in range(6))
+        bound = max(
+            5e-4, 4 * max(largest(Trainer(model, device).train(3), theirs) for model in others)
+        )
+    assert largest(ours, theirs) < bound
 
 
 def test_largest_logits_are_kept(device):

@@ -52,9 +52,12 @@ REDLINE_INLINE Float32s scale_by_power(Float32s p, Float32s n) {
 }
 #endif
 
-// e^x = 2^n e^r with |r| <= ln(2) / 2; the polynomial is Cephes' (S. Moshier, expf).
+// e^x = 2^n e^r with |r| <= ln(2) / 2; the polynomial is Cephes' (S. Moshier, expf). Below -104, as
+// at -inf, it is 0 without the scaling, whose underflow takes the processor 150 cycles: a masked
+// softmax took three times as long as one without a mask.
 REDLINE_INLINE Float32s exp(Float32s x) {
-  x = clamp(x, -104.0f, 89.0f);
+  const auto vanishes = x < -104.0f;
+  x = select(vanishes, broadcast(0.0f), clamp(x, -104.0f, 89.0f));
   const Float32s magic = broadcast(0x1.8p23f);  // adding it rounds to an integer
   const Float32s n = (x * 1.44269504088896341f + magic) - magic;
   const Float32s r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -65,7 +68,7 @@ REDLINE_INLINE Float32s exp(Float32s x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  return scale_by_power(p, n);
+  return select(vanishes, broadcast(0.0f), scale_by_power(p, n));
 }
 REDLINE_INLINE Float64s exp(Float64s x) {
   return each_lane(x, [](double v) { return ::exp(v); });
