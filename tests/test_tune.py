@@ -49,13 +49,14 @@ def token_losses(logits, labels):
     )
 
 
-def mean_no_worse(ours, stock, true, labels, dtype):
+def mean_error_and_bound(ours, stock, true, labels, dtype):
     """A mean is one number, whose error may be none by luck: held to twice that of stock's terms,
-    by the root of their mean square, which the mean's cannot pass."""
+    by the root of their mean square, which the mean's cannot pass, or to four float32 roundings:
+    the logarithm of the sum, the logit's difference to it, the sum over tokens, their number."""
     terms = [token_losses(result[0], labels) for result in (stock, true)]
     stock_error = max(relative_error(*terms), relative_error(stock[1].cpu(), true[1]))
-    bound = max(2 * stock_error, UNIT_ROUNDOFF[dtype])
-    return relative_error(ours[1].cpu(), true[1]) <= bound
+    roundings = max(UNIT_ROUNDOFF[dtype], 4 * UNIT_ROUNDOFF[torch.float32])
+    return relative_error(ours[1].cpu(), true[1]), max(2 * stock_error, roundings)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -69,7 +70,8 @@ def test_logits_and_gradients_are_as_close_to_float64_as_stock(name, dtype, devi
     stock = run(model, **inputs)
     ours = run(redline.tune(model), **inputs)
     assert no_worse(*(result[0].cpu()[seen] for result in (ours, stock, true)), DTYPES[dtype])
-    assert mean_no_worse(ours, stock, true, inputs["labels"], DTYPES[dtype])
+    error, bound = mean_error_and_bound(ours, stock, true, inputs["labels"], DTYPES[dtype])
+    assert error <= bound
     assert ours[2].keys() == true[2].keys()
     for key, gradient in ours[2].items():
         assert no_worse(gradient, stock[2][key], true[2][key], DTYPES[dtype]), key
