@@ -295,7 +295,7 @@ class _AdamW:
         found = {}
         for name in calls:
             values = self.parameters()
-            layer_parts.make_adamw(name, values).step()
+            layer_parts.make_adamw(name, values, state_dtype=self.setting.dtype).step()
             error = layer_parts.worst_error(values, exact)
             found[name] = (error, error)
         return found
@@ -304,7 +304,7 @@ class _AdamW:
 def adamw_step(setting: Setting) -> Case:
     work = _AdamW(setting, count=8 * setting.rows * setting.cols // 2)
     stock = layer_parts.make_adamw("stock", work.parameters())
-    tuned = layer_parts.make_adamw("tuned", work.parameters())
+    tuned = layer_parts.make_adamw("tuned", work.parameters(), state_dtype=setting.dtype)
     return Case(
         shape=f"{work.tensors} x {work.count // work.tensors}",
         inputs=tuple,

@@ -16,11 +16,16 @@ ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
 def make_adamw(
-    variant: str, parameters: Iterable[Tensor], lr: float = 1e-3
+    variant: str,
+    parameters: Iterable[Tensor],
+    lr: float = 1e-3,
+    state_dtype: torch.dtype | None = None,
 ) -> torch.optim.Optimizer:
-    """torch's AdamW in its fastest form (`fused`), or Redline's, with the same numbers."""
+    """torch's AdamW in its fastest form (`fused`), whose states have the parameters' dtype, or
+    Redline's, whose states are float32 unless `state_dtype` says otherwise."""
     if variant == "tuned":
-        return tuned_name("optim", "AdamW")(list(parameters), lr=lr, **ADAMW)
+        options = {"lr": lr, "state_dtype": state_dtype, **ADAMW}
+        return tuned_name("optim", "AdamW")(list(parameters), **options)
     return torch.optim.AdamW(parameters, lr=lr, fused=True, **ADAMW)
 
 
