@@ -2,8 +2,14 @@
 list(TRANSFORM REDLINE_OPS PREPEND redline/ops/ OUTPUT_VARIABLE REDLINE_OP_SOURCES)
 list(TRANSFORM REDLINE_OP_SOURCES APPEND .cpp)
 # These have no kernels of their own: they stand on torch's, or on other ops'.
-list(APPEND REDLINE_OP_SOURCES redline/ops/attention.cpp redline/ops/fused_linear_cross_entropy.cpp
-     redline/ops/linear.cpp redline/ops/norm_linear.cpp redline/ops/norm_mlp.cpp)
+list(
+  APPEND
+  REDLINE_OP_SOURCES
+  redline/ops/attention.cpp
+  redline/ops/fused_linear_cross_entropy.cpp
+  redline/ops/linear.cpp
+  redline/ops/norm_linear.cpp
+  redline/ops/norm_mlp.cpp)
 
 add_library(
   redline_ops SHARED
