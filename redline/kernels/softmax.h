@@ -30,6 +30,7 @@ struct SoftmaxForward {
 };
 
 //   d = sum_j g_j p_j,   scores_grad_j = scale p_j (g_j - d)
+// over the keys that causal and window leave; the others are not read and get 0.
 //   sink_grad_h = -sum over the rows of head h of sink_probability d, in index order
 struct SoftmaxBackward {
   SoftmaxRows shape;
@@ -39,6 +40,8 @@ struct SoftmaxBackward {
   TensorView scores_grad;         // [rows, keys], out
   TensorView sink_rows;           // [rows] accumulation dtype, workspace; with a sink
   TensorView sink_grad;           // [heads] accumulation dtype, out; with a sink
+  int64_t window = 0;             // 0: none
+  bool causal = false;
 };
 
 void check(const SoftmaxForward&);

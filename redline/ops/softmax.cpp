@@ -92,7 +92,8 @@ std::tuple<Tensor, Tensor> softmax_forward(const Tensor& scores, const OptionalT
 
 std::tuple<Tensor, Tensor> softmax_backward(const Tensor& probabilities_grad,
                                             const Tensor& probabilities,
-                                            const OptionalTensor& sink_probability, double scale) {
+                                            const OptionalTensor& sink_probability, double scale,
+                                            bool causal, std::optional<int64_t> window) {
   const Tensor scores_grad = at::empty_like(probabilities, at::MemoryFormat::Contiguous);
   const auto options = probabilities.options().dtype(accumulation_type(probabilities));
   const Tensor sink_grad = sink_probability ? at::empty_symint({heads_of(probabilities)}, options)
@@ -108,7 +109,9 @@ std::tuple<Tensor, Tensor> softmax_backward(const Tensor& probabilities_grad,
       .sink_probability = sink_probability ? view(sink_probability->view({-1})) : TensorView{},
       .scores_grad = view_rows(scores_grad),
       .sink_rows = sink_probability ? view(sink_rows.view({-1})) : TensorView{},
-      .sink_grad = sink_probability ? view(sink_grad) : TensorView{}};
+      .sink_grad = sink_probability ? view(sink_grad) : TensorView{},
+      .window = window.value_or(0),
+      .causal = causal};
   run_rows(probabilities, args, args.probabilities.sizes[0], args.probabilities.sizes[1]);
   if (sink_probability && !probabilities.is_cuda()) {
     parallel_ranges(args.shape.heads, 1, [&](Range heads) { finish(args, heads); });
@@ -132,6 +135,8 @@ struct SoftmaxFunction : public torch::autograd::Function<SoftmaxFunction> {
     const auto [probabilities, sink_probability] = call_forward(scores, mask, sink, options);
     ctx->save_for_backward({probabilities, sink ? sink_probability : Tensor()});
     ctx->saved_data["scale"] = options.scale;
+    ctx->saved_data["causal"] = options.causal;
+    ctx->saved_data["window"] = options.window;
     ctx->saved_data["has_mask"] = mask.has_value();
     if (sink) ctx->saved_data["sink_dtype"] = sink->scalar_type();
     return probabilities;
@@ -140,8 +145,9 @@ struct SoftmaxFunction : public torch::autograd::Function<SoftmaxFunction> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = find_op<decltype(softmax_backward)>("redline::softmax_backward");
     const variable_list saved = ctx->get_saved_variables();
-    const auto [scores_grad, sink_grad] =
-        op.call(grads[0], saved[0], optional(saved[1]), ctx->saved_data["scale"].toDouble());
+    const auto [scores_grad, sink_grad] = op.call(
+        grads[0], saved[0], optional(saved[1]), ctx->saved_data["scale"].toDouble(),
+        ctx->saved_data["causal"].toBool(), ctx->saved_data["window"].toOptional<int64_t>());
     Tensor sinks;
     if (saved[1].defined()) sinks = sink_grad.to(ctx->saved_data["sink_dtype"].toScalarType());
     return {scores_grad, Tensor(), sinks, Tensor()};
@@ -190,7 +196,8 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
       "Tensor? sink) -> (Tensor probabilities, Tensor sink_probability)");
   m.def(
       "softmax_backward(Tensor probabilities_grad, Tensor probabilities, "
-      "Tensor? sink_probability, float scale) -> (Tensor scores_grad, Tensor sink_grad)");
+      "Tensor? sink_probability, float scale, bool causal=False, int? window=None) "
+      "-> (Tensor scores_grad, Tensor sink_grad)");
 }
 
 const Registration registration({

@@ -163,14 +163,17 @@ void forward_rows(const SoftmaxForward& args, Range rows) {
 template <typename Acc>
 void backward_rows(const SoftmaxBackward& args, Range rows) {
   const TensorView& out = args.scores_grad;
-  const int64_t cols = args.probabilities.sizes[1];
+  const int64_t cols = args.probabilities.sizes[1], queries = args.shape.queries;
   const Acc scale = static_cast<Acc>(args.shape.scale);
   Block<Acc> gradient_block, probability_block, out_block;
   for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const Range keys = allowed_keys(row % queries, queries, cols, args.causal, args.window);
+    write_zeros(out, row, {0, keys.begin});
+    write_zeros(out, row, {keys.end, cols});
     RowReader<Acc> gradients{args.probabilities_grad, row, gradient_block};
     RowReader<Acc> probabilities{args.probabilities, row, probability_block};
     Acc dot = 0;
-    for_blocks(cols, [&](int64_t col, int count) {
+    for_key_blocks(keys, [&](int64_t col, int count) {
       const Acc* g = gradients(col, count);
       const Acc* p = probabilities(col, count);
       dot += sum<Acc>(count,
@@ -179,7 +182,7 @@ void backward_rows(const SoftmaxBackward& args, Range rows) {
     if (args.sink_probability) {
       args.sink_rows.as<Acc>()[row] = -dot * args.sink_probability.as<const Acc>()[row];
     }
-    for_blocks(cols, [&](int64_t col, int count) {
+    for_key_blocks(keys, [&](int64_t col, int count) {
       const Acc* g = gradients(col, count);
       const Acc* p = probabilities(col, count);
       const int64_t offset = row * out.strides[0] + col;

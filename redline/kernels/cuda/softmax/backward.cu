@@ -1,5 +1,6 @@
 // scores_grad = scale p (g - sum g p) (kernels/softmax.h). The threads of a row hold gradient and
-// probabilities in registers as they lie in memory: read once, written once. Rows that outgrow a
+// probabilities in registers as they lie in memory: read once, written once; keys that causal and
+// window exclude are written and never read. Rows that outgrow a
 // block are read again from L2; a sink's gradient takes a second launch. Bound by bytes.
 #include "redline/kernels/cuda/softmax/rows.cuh"
 
@@ -47,9 +48,15 @@ __global__ void __launch_bounds__(RowThreads<Lanes>::most_threads,
   const T* from = static_cast<const T*>(args.probabilities) + row * args.probabilities_stride;
   T* out = static_cast<T*>(args.scores_grad) + row * args.stride;
   const Columns<Aligned> at = {own.thread * N, own.threads * N, args.cols};
-  Packed<T> g[V], p[V];
-  load_vectors(gradients, at, g);
-  load_vectors(from, at, p);
+  const Keys keys = keys_of(args, args.place(row).query);
+  Packed<T> g[V] = {}, p[V] = {};
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    const Place<Aligned> place = {0, at.col + v * at.step, at.cols};
+    if (!keys.touch(place.col, N)) continue;
+    g[v] = load(gradients, place);
+    p[v] = load(from, place);
+  }
   float sum = 0.0f;
 #pragma unroll
   for (int v = 0; v < V; ++v) sum += dot(g[v], p[v]);
@@ -64,7 +71,8 @@ __global__ void __launch_bounds__(RowThreads<Lanes>::most_threads,
   for (int v = 0; v < V; ++v) {
     const int col = at.col + v * at.step;
     if (col >= at.cols) continue;
-    store(out, Place<Aligned>{0, col, at.cols}, scores_gradient(g[v], p[v], args.scale, sum));
+    store(out, Place<Aligned>{0, col, at.cols},
+          keys.touch(col, N) ? scores_gradient(g[v], p[v], args.scale, sum) : Packed<T>{});
   }
 }
 
@@ -78,9 +86,11 @@ __global__ void __launch_bounds__(512) long_backward_kernel(const BackwardArgs a
   const T* from = static_cast<const T*>(args.probabilities) + own.row * args.probabilities_stride;
   T* out = static_cast<T*>(args.scores_grad) + own.row * args.stride;
   const Columns<Aligned> at = {own.thread * N, own.threads * N, args.cols};
+  const Keys keys = keys_of(args, args.place(own.row).query);
   float sum = 0.0f;
-  for (int col = at.col; col < at.cols; col += at.step) {
+  for (int col = at.col; col < keys.end; col += at.step) {
     const Place<Aligned> place = {0, col, at.cols};
+    if (!keys.touch(col, N)) continue;
     sum += dot(load(gradients, place), load(from, place));
   }
   sum = own.group.sum(sum, slots);
@@ -89,8 +99,12 @@ __global__ void __launch_bounds__(512) long_backward_kernel(const BackwardArgs a
   }
   for (int col = at.col; col < at.cols; col += at.step) {
     const Place<Aligned> place = {0, col, at.cols};
-    const Packed<T> g = load(gradients, place), p = load(from, place);
-    store(out, place, scores_gradient(g, p, args.scale, sum));
+    Packed<T> result = {};
+    if (keys.touch(col, N)) {
+      const Packed<T> g = load(gradients, place), p = load(from, place);
+      result = scores_gradient(g, p, args.scale, sum);
+    }
+    store(out, place, result);
   }
 }
 
@@ -117,7 +131,7 @@ void run(const SoftmaxBackward& args, Stream stream) {
   using namespace cuda;
   const bool aligned =
       is_aligned({&args.probabilities, &args.probabilities_grad, &args.scores_grad});
-  const BackwardArgs device = {shape_of(args.shape, args.probabilities),
+  const BackwardArgs device = {shape_of(args, args.probabilities),
                                args.probabilities_grad.data,
                                args.probabilities.data,
                                args.sink_probability.as<const float>(),

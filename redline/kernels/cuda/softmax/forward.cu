@@ -14,34 +14,42 @@ struct ForwardArgs : Shape {
   const float* sink;
   void* probabilities;
   float* sink_probability;
-  int64_t scores_stride, stride, mask_batch, mask_head, mask_query, mask_key, window;
-  bool causal;
+  int64_t scores_stride, stride, mask_batch, mask_head, mask_query, mask_key;
 };
 
 __device__ __forceinline__ float negative_infinity() { return __int_as_float(0xff800000); }
 
 // What one row may see.
-struct Row {
+struct Row : Keys {
   const bool* mask;  // its first key's, or null
   int64_t mask_key;
-  int begin, end;
-
-  __device__ __forceinline__ bool touches(int col, int count) const {
-    return col < end && col + count > begin;
-  }
-  __device__ __forceinline__ bool sees(int col) const {
-    return col >= begin && col < end && (mask == nullptr || !mask[col * mask_key]);
-  }
 };
 
 __device__ __forceinline__ Row row_of(const ForwardArgs& args, const Shape::Place& at) {
-  const Range keys = allowed_keys(at.query, args.queries, args.cols, args.causal, args.window);
   const bool* mask = args.mask;
   if (mask != nullptr) {
     mask += at.batch * args.mask_batch + at.head * args.mask_head + at.query * args.mask_query;
   }
-  return {mask, args.mask_key, static_cast<int>(keys.begin), static_cast<int>(keys.end)};
+  return {keys_of(args, at.query), mask, args.mask_key};
 }
+
+// The mask of N keys from `col` on, of which the row may see some: by one access where they lie
+// side by side.
+template <int N>
+struct alignas(N) MaskBytes {
+  bool excluded[N];
+
+  template <bool Aligned>
+  __device__ __forceinline__ void load(const Row& row, int col) {
+    const bool* from = row.mask + col * row.mask_key;
+    if (Aligned && row.mask_key == 1 && reinterpret_cast<uintptr_t>(from) % N == 0) {
+      *this = *reinterpret_cast<const MaskBytes*>(from);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) excluded[i] = row.hold(col + i) && from[i * row.mask_key];
+  }
+};
 
 __device__ __forceinline__ float power_of_two(float x) {
   float result;
@@ -75,19 +83,22 @@ __device__ __forceinline__ void load_scores(const ForwardArgs& args, const T* sc
                                             Packed<T> (&held)[V]) {
   constexpr int N = vector_size<T>;
   const T excluded = from_float<T>(args.scale < 0.0f ? -negative_infinity() : negative_infinity());
+  MaskBytes<N> mask[V] = {};
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     const int col = at.col + v * at.step;
-    if (row.touches(col, N)) held[v] = load(scores, Place<Aligned>{0, col, at.cols});
+    if (!row.touch(col, N)) continue;
+    held[v] = load(scores, Place<Aligned>{0, col, at.cols});
+    if (row.mask != nullptr) mask[v].template load<Aligned>(row, col);
   }
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     const int col = at.col + v * at.step;
-    if (!row.touches(col, N)) continue;
+    if (!row.touch(col, N)) continue;
     if (row.mask == nullptr && col >= row.begin && col + N <= row.end) continue;  // sees all of it
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if (!row.sees(col + i)) held[v].values[i] = excluded;
+      if (mask[v].excluded[i] || !row.hold(col + i)) held[v].values[i] = excluded;
     }
   }
 }
@@ -156,7 +167,7 @@ __device__ __forceinline__ void add_exponentials(Packed<T> (&held)[V], const Row
   float larger = running.maximum;
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    if (!row.touches(at.col + v * at.step, N)) continue;
+    if (!row.touch(at.col + v * at.step, N)) continue;
 #pragma unroll
     for (int i = 0; i < N; ++i) larger = fmaxf(larger, element(held[v], i) * factor);
   }
@@ -166,7 +177,7 @@ __device__ __forceinline__ void add_exponentials(Packed<T> (&held)[V], const Row
   running.maximum = larger;
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    if (!row.touches(at.col + v * at.step, N)) continue;
+    if (!row.touch(at.col + v * at.step, N)) continue;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       running.total += Exponent<T>::power(element(held[v], i), factor, origin);
@@ -198,7 +209,7 @@ __global__ void __launch_bounds__(RowThreads<Lanes>::most_threads,
   for (int v = 0; v < V; ++v) {
     const int col = at.col + v * at.step;
     if (col >= at.cols) break;
-    const bool any = row.touches(col, N);
+    const bool any = row.touch(col, N);
     store(out, Place<Aligned>{0, col, at.cols}, any ? probabilities(held[v], by) : Packed<T>{});
   }
 }
@@ -228,7 +239,7 @@ __global__ void __launch_bounds__(512) long_forward_kernel(const ForwardArgs arg
     held[0] = {};
     load_scores(args, scores, row, Columns<Aligned>{col, at.step, at.cols}, held);
     store(out, Place<Aligned>{0, col, at.cols},
-          row.touches(col, N) ? probabilities(held[0], by) : Packed<T>{});
+          row.touch(col, N) ? probabilities(held[0], by) : Packed<T>{});
   }
 }
 
@@ -238,20 +249,12 @@ __global__ void __launch_bounds__(512) long_forward_kernel(const ForwardArgs arg
 void run(const SoftmaxForward& args, Stream stream) {
   using namespace cuda;
   const bool aligned = is_aligned({&args.scores, &args.probabilities});
-  const ForwardArgs device = {shape_of(args.shape, args.scores),
-                              args.scores.data,
-                              args.mask.as<const bool>(),
-                              args.sink.as<const float>(),
-                              args.probabilities.data,
-                              args.sink_probability.as<float>(),
-                              args.scores.strides[0],
-                              args.probabilities.strides[0],
-                              args.mask.strides[0],
-                              args.mask.strides[1],
-                              args.mask.strides[2],
-                              args.mask.strides[3],
-                              args.window,
-                              args.causal};
+  const ForwardArgs device = {shape_of(args, args.scores), args.scores.data,
+                              args.mask.as<const bool>(),  args.sink.as<const float>(),
+                              args.probabilities.data,     args.sink_probability.as<float>(),
+                              args.scores.strides[0],      args.probabilities.strides[0],
+                              args.mask.strides[0],        args.mask.strides[1],
+                              args.mask.strides[2],        args.mask.strides[3]};
   visit_dtype<float, bfloat16, float16>("softmax", args.scores.dtype, [&]<typename Host>() {
     using T = device_type<Host>;
     if (device.rows == 0) return;

@@ -16,6 +16,8 @@ struct Shape {
   Divisor per_head, per_batch;  // by queries and by heads
   int cols;
   float scale;
+  int64_t window;
+  bool causal;
 
   // The row's query, head and batch. A division by a variable costs as much as the row's
   // arithmetic.
@@ -31,6 +33,21 @@ struct Shape {
     return {row % queries, all % heads, all / heads};
   }
 };
+
+// The keys that causal and window leave to a row.
+struct Keys {
+  int begin, end;
+
+  __device__ __forceinline__ bool touch(int col, int count) const {
+    return col < end && col + count > begin;
+  }
+  __device__ __forceinline__ bool hold(int col) const { return col >= begin && col < end; }
+};
+
+__device__ __forceinline__ Keys keys_of(const Shape& shape, int64_t query) {
+  const Range keys = allowed_keys(query, shape.queries, shape.cols, shape.causal, shape.window);
+  return {static_cast<int>(keys.begin), static_cast<int>(keys.end)};
+}
 
 constexpr int64_t grid_rows = int64_t{1} << 30;
 
@@ -55,7 +72,9 @@ struct RowThreads {
   }
 };
 
-Shape shape_of(const SoftmaxRows& rows, const TensorView& matrix) {
+template <typename Args>
+Shape shape_of(const Args& args, const TensorView& matrix) {
+  const SoftmaxRows& rows = args.shape;
   // A column index may pass the row's end by one block's step.
   REDLINE_CHECK(matrix.sizes[1] < INT32_MAX - 65536,
                 "softmax: scores: expected rows below 2^31 - 65536 keys");
@@ -68,7 +87,9 @@ Shape shape_of(const SoftmaxRows& rows, const TensorView& matrix) {
           .per_head = divisor(rows.queries),
           .per_batch = divisor(rows.heads),
           .cols = static_cast<int>(matrix.sizes[1]),
-          .scale = static_cast<float>(rows.scale)};
+          .scale = static_cast<float>(rows.scale),
+          .window = args.window,
+          .causal = args.causal};
 }
 
 LaunchConfig config_of(int64_t blocks, int threads, Stream stream) {
