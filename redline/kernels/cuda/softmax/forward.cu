@@ -23,6 +23,10 @@ __device__ __forceinline__ float negative_infinity() { return __int_as_float(0xf
 struct Row : Keys {
   const bool* mask;  // its first key's, or null
   int64_t mask_key;
+
+  __device__ __forceinline__ bool sees(int col) const {
+    return hold(col) && (mask == nullptr || !mask[col * mask_key]);
+  }
 };
 
 __device__ __forceinline__ Row row_of(const ForwardArgs& args, const Shape::Place& at) {
@@ -32,24 +36,6 @@ __device__ __forceinline__ Row row_of(const ForwardArgs& args, const Shape::Plac
   }
   return {keys_of(args, at.query), mask, args.mask_key};
 }
-
-// The mask of N keys from `col` on, of which the row may see some: by one access where they lie
-// side by side.
-template <int N>
-struct alignas(N) MaskBytes {
-  bool excluded[N];
-
-  template <bool Aligned>
-  __device__ __forceinline__ void load(const Row& row, int col) {
-    const bool* from = row.mask + col * row.mask_key;
-    if (Aligned && row.mask_key == 1 && reinterpret_cast<uintptr_t>(from) % N == 0) {
-      *this = *reinterpret_cast<const MaskBytes*>(from);
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < N; ++i) excluded[i] = row.hold(col + i) && from[i * row.mask_key];
-  }
-};
 
 __device__ __forceinline__ float power_of_two(float x) {
   float result;
@@ -83,13 +69,10 @@ __device__ __forceinline__ void load_scores(const ForwardArgs& args, const T* sc
                                             Packed<T> (&held)[V]) {
   constexpr int N = vector_size<T>;
   const T excluded = from_float<T>(args.scale < 0.0f ? -negative_infinity() : negative_infinity());
-  MaskBytes<N> mask[V] = {};
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     const int col = at.col + v * at.step;
-    if (!row.touch(col, N)) continue;
-    held[v] = load(scores, Place<Aligned>{0, col, at.cols});
-    if (row.mask != nullptr) mask[v].template load<Aligned>(row, col);
+    if (row.touch(col, N)) held[v] = load(scores, Place<Aligned>{0, col, at.cols});
   }
 #pragma unroll
   for (int v = 0; v < V; ++v) {
@@ -98,7 +81,7 @@ __device__ __forceinline__ void load_scores(const ForwardArgs& args, const T* sc
     if (row.mask == nullptr && col >= row.begin && col + N <= row.end) continue;  // sees all of it
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if (mask[v].excluded[i] || !row.hold(col + i)) held[v].values[i] = excluded;
+      if (!row.sees(col + i)) held[v].values[i] = excluded;
     }
   }
 }
