@@ -2,6 +2,8 @@
 // row of the gradient is summed in L1 and written once.
 #include "redline/kernels/cpu/embedding.h"
 
+#include <string.h>
+
 #include "redline/kernels/cpu/block.h"
 
 namespace redline::cpu::REDLINE_ISA {
