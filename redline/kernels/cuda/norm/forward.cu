@@ -20,10 +20,17 @@ struct Tile {
   static constexpr int groups = Lanes == 0 ? 1 : most_threads / Lanes;
 };
 
-// 64 registers a thread, 128 where it holds float32 besides 16-bit data or single elements.
+// 64 registers a thread, 128 where it holds float32 besides 16-bit data or single elements. Code
+// for sm_80 needs a few more.
+#if __CUDA_ARCH__ >= 900
+inline constexpr int threads_per_sm = 1024;
+#else
+inline constexpr int threads_per_sm = 768;
+#endif
+
 template <typename Form, typename Tile>
 inline constexpr int blocks_per_sm =
-    (Form::aligned && sizeof(typename Form::T) == sizeof(typename Form::X) ? 1024 : 512) /
+    (Form::aligned && sizeof(typename Form::T) == sizeof(typename Form::X) ? threads_per_sm : 512) /
     Tile::most_threads;
 
 struct Statistics {
@@ -259,9 +266,12 @@ __global__ void __launch_bounds__(Threads) long_forward_kernel(const Forward arg
                                ? given_statistics<Layer>(args, row)
                                : long_statistics<Form, Threads>(args, row, in, first, stride, at);
   if (threadIdx.x == 0) store_statistics(args, row, found);
-  for (int col = first; col < args.cols; col += stride) {
-    in.reload(args, row, at(col));
-    store_output<Layer>(args, row, at(col), in, found);
+  constexpr int W = Aligned ? V : 1;  // registers
+  RowInput<T, typename Form::X, W> again;
+#pragma unroll 1
+  for (int col = first; col < args.cols; col += W * step) {
+    again.reload(args, row, at(col));
+    store_output<Layer>(args, row, at(col), again, found);
   }
 }
 

@@ -38,7 +38,10 @@ __device__ __forceinline__ Packed<T> scores_gradient(const Packed<T>& g, const P
 
 template <typename T, int Lanes, int V, bool Aligned>
 __global__ void __launch_bounds__(RowThreads<Lanes>::most_threads,
-                                  (Aligned ? 768 : 384) / RowThreads<Lanes>::most_threads)
+                                  (!Aligned      ? 384
+                                   : Lanes == 32 ? 640
+                                                 : 768) /
+                                      RowThreads<Lanes>::most_threads)
     backward_kernel(const BackwardArgs args) {
   constexpr int N = vector_size<T>;
   __shared__ float slots[32];
