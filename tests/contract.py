@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import strided
+from tolerance import assert_close
 
 
 def gradients(op, inputs, upstreams=None):
@@ -156,6 +157,19 @@ def runs_in_inference_mode(op, inputs):
     expected = first(op(*inputs))
     with torch.inference_mode():
         assert torch.equal(first(op(*inputs)).nan_to_num(1.0), expected.nan_to_num(1.0))
+
+
+def autocasts_as(op, stock, inputs, device):
+    """Under autocast to bfloat16 the bits of `stock`; float32 gradients within two roundings of
+    its own, which are rounded once more on the way."""
+    with torch.autocast(device, torch.bfloat16):
+        ours = gradients(op, inputs)
+        theirs = gradients(stock, inputs, ours[2])
+    assert ours[0][0].dtype == torch.bfloat16
+    equal_bits(ours[0], theirs[0])
+    for grad, expected in zip(ours[1], theirs[1], strict=True):
+        assert grad.dtype == torch.float32
+        assert_close(grad, expected.double(), torch.bfloat16, roundings=2)
 
 
 def refuses_vmap(op, inputs):

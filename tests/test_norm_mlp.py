@@ -317,14 +317,7 @@ def test_a_second_backward_is_an_error(device):
 @pytest.mark.parametrize("kind", ["swiglu", "gelu"])
 def test_autocast_is_the_stock_rule(kind, device):
     given = inputs(((5,), 4, 3, 6), torch.float32, device, kind)
-    with torch.autocast(device, torch.bfloat16):
-        ours = contract.gradients(fused(kind), given)
-        stock = contract.gradients(composed(kind), given, ours[2])
-    assert ours[0][0].dtype == torch.bfloat16
-    contract.equal_bits(ours[0], stock[0])
-    for grad, expected in zip(ours[1], stock[1], strict=True):
-        assert grad.dtype == torch.float32
-        assert_close(grad, expected.double(), torch.bfloat16, roundings=2)
+    contract.autocasts_as(fused(kind), composed(kind), given, device)
 
 
 def test_meta_and_inference_mode(device):

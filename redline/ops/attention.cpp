@@ -112,19 +112,19 @@ bool is_plain(const Tensor& q, const Tensor& k, const AttentionOptions& options)
          (window.after == 0 && (q.sym_size(1) == k.sym_size(1) || q.sym_size(1) == 1));
 }
 
-// Where torch has no kernel for fewer key heads than queries but the one that keeps all
-// probabilities: float32 on CUDA.
-Tensor repeat_heads(const Tensor& tensor, const c10::SymInt& heads) {
-  return at::repeat_interleave_symint(tensor, heads / tensor.sym_size(2), 2);
+// Each key head for all of the query heads that share it.
+Tensor repeat_heads(const Tensor& tensor, const c10::SymInt& heads, int64_t axis) {
+  if (tensor.sym_size(axis) == heads) return tensor;
+  return at::repeat_interleave_symint(tensor, heads / tensor.sym_size(axis), axis);
 }
 
 Tensor attend_plain(const Tensor& q, const Tensor& key, const Tensor& value,
                     const AttentionOptions& options) {
   const bool causal = window_of(options).after == 0 && q.sym_size(1) != 1;
-  const bool repeats =
-      q.sym_size(2) != key.sym_size(2) && q.is_cuda() && q.scalar_type() == at::kFloat;
-  const Tensor k = repeats ? repeat_heads(key, q.sym_size(2)) : key;
-  const Tensor v = repeats ? repeat_heads(value, q.sym_size(2)) : value;
+  // Float32 on CUDA: torch's only kernel for fewer key heads keeps all probabilities.
+  const bool repeats = q.is_cuda() && q.scalar_type() == at::kFloat;
+  const Tensor k = repeats ? repeat_heads(key, q.sym_size(2), 2) : key;
+  const Tensor v = repeats ? repeat_heads(value, q.sym_size(2), 2) : value;
   const bool grouped = q.sym_size(2) != k.sym_size(2);
   return at::scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
                                           /*attn_mask=*/{}, /*dropout_p=*/0.0, causal,
@@ -193,9 +193,7 @@ Tensor log_sum_exp_of(const Tensor& scores, const OptionalTensor& sink) {
 
 // [batch, length, heads, head_dim] to float32 (float64 stays) [batch, heads, length, head_dim].
 Tensor wide_heads(const Tensor& tensor, const c10::SymInt& heads) {
-  const Tensor by_head = tensor.transpose(1, 2).to(accumulation_type(tensor));
-  if (by_head.sym_size(1) == heads) return by_head;
-  return at::repeat_interleave_symint(by_head, heads / by_head.sym_size(1), 1);
+  return repeat_heads(tensor.transpose(1, 2).to(accumulation_type(tensor)), heads, 1);
 }
 
 using Results = std::tuple<Tensor, Tensor, Tensor>;

@@ -35,6 +35,11 @@ class WeightGradientQueue:
         return WeightGradientQueue, ()
 
 
+def queue_of(delayed: WeightGradientQueue | None):
+    """What the ops take."""
+    return None if delayed is None else delayed.queue
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -70,7 +75,7 @@ def linear(
         main_grad=main_grad,
         accumulate=accumulate,
         dummy_grad=dummy_grad,
-        delayed=None if delayed is None else delayed.queue,
+        delayed=queue_of(delayed),
         tp_group=tp_group,
         sequence_parallel=sequence_parallel,
     )

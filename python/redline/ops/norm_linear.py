@@ -5,13 +5,9 @@ import torch
 from torch import Tensor
 
 import redline._library  # noqa: F401  (registers the ops)
-from redline.ops.linear import WeightGradientQueue
+from redline.ops.linear import WeightGradientQueue, queue_of
 
 _ops = torch.ops.redline
-
-
-def _handle(queue: WeightGradientQueue | None):
-    return None if queue is None else queue.queue
 
 
 def _given(*outputs: Tensor | None):
@@ -70,7 +66,7 @@ def norm_linear(
             main_grad=main_grad,
             accumulate=accumulate,
             dummy_grad=dummy_grad,
-            delayed=_handle(delayed),
+            delayed=queue_of(delayed),
             tp_group=tp_group,
             sequence_parallel=sequence_parallel,
         )
@@ -126,11 +122,11 @@ def norm_mlp(
             fc1_main_grad=fc1_main_grad,
             fc1_accumulate=fc1_accumulate,
             fc1_dummy_grad=fc1_dummy_grad,
-            fc1_delayed=_handle(fc1_delayed),
+            fc1_delayed=queue_of(fc1_delayed),
             fc2_main_grad=fc2_main_grad,
             fc2_accumulate=fc2_accumulate,
             fc2_dummy_grad=fc2_dummy_grad,
-            fc2_delayed=_handle(fc2_delayed),
+            fc2_delayed=queue_of(fc2_delayed),
             tp_group=tp_group,
             sequence_parallel=sequence_parallel,
         )
