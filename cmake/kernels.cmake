@@ -21,7 +21,9 @@ list(TRANSFORM REDLINE_KERNEL_SOURCES APPEND .cpp)
 list(TRANSFORM REDLINE_OPS PREPEND redline/kernels/cpu/ OUTPUT_VARIABLE REDLINE_CPU_SOURCES)
 list(TRANSFORM REDLINE_CPU_SOURCES APPEND .cpp)
 
-add_library(redline_kernels STATIC ${REDLINE_KERNEL_SOURCES} redline/kernels/cpu/isa.cpp)
+# gemm has no CPU kernel: a rung missing on purpose.
+add_library(redline_kernels STATIC ${REDLINE_KERNEL_SOURCES} redline/kernels/cpu/isa.cpp
+                                   redline/kernels/gemm.cpp)
 target_link_libraries(redline_kernels PUBLIC redline_core)
 
 # One object library per instruction set, all from the same sources. A host that is not x86 builds
@@ -71,8 +73,8 @@ if(REDLINE_WITH_CUDA)
       softmax/forward)
   list(TRANSFORM REDLINE_CUDA_SOURCES PREPEND redline/kernels/cuda/)
   list(TRANSFORM REDLINE_CUDA_SOURCES APPEND .cu)
-  target_sources(redline_kernels PRIVATE ${REDLINE_CUDA_SOURCES})
-  target_link_libraries(redline_kernels PUBLIC CUDA::cudart)
+  target_sources(redline_kernels PRIVATE ${REDLINE_CUDA_SOURCES} redline/kernels/cuda/gemm.cpp)
+  target_link_libraries(redline_kernels PUBLIC CUDA::cudart cublas_lt)
   target_compile_options(
     redline_kernels PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings;-lineinfo;
                             --expt-relaxed-constexpr;-Xcompiler=-Wno-psabi>)

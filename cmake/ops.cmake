@@ -7,6 +7,7 @@ list(
   REDLINE_OP_SOURCES
   redline/ops/attention.cpp
   redline/ops/fused_linear_cross_entropy.cpp
+  redline/ops/gemm.cpp
   redline/ops/linear.cpp
   redline/ops/norm_linear.cpp
   redline/ops/norm_mlp.cpp)

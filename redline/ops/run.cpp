@@ -2,6 +2,7 @@
 
 #if REDLINE_WITH_CUDA
 #include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #endif
 
 namespace redline::ops {
@@ -18,6 +19,13 @@ Stream stream_of(const at::Tensor& tensor) {
   TORCH_CHECK(false, "redline: this build has no CUDA kernels, and a tensor is on ",
               tensor.device(), "; build on a machine with the CUDA toolkit (redline doctor)");
 #endif
+}
+
+at::DataPtr workspace_of([[maybe_unused]] int64_t bytes) {
+#if REDLINE_WITH_CUDA
+  if (bytes > 0) return c10::cuda::CUDACachingAllocator::get()->allocate(bytes);
+#endif
+  return {};
 }
 
 void check_devices(const char* op, const at::Tensor& first,

@@ -13,6 +13,10 @@ inline constexpr bool with_cuda = REDLINE_WITH_CUDA;
 // without CUDA.
 Stream stream_of(const at::Tensor& tensor);
 
+// Memory of the current device for one launch on the current stream, from torch's allocator: it may
+// be freed when the call ends, and belongs to the graph that captures it. Null for 0 bytes.
+at::DataPtr workspace_of(int64_t bytes);
+
 // The dtype of sums and statistics over `tensor`.
 inline at::ScalarType accumulation_type(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;

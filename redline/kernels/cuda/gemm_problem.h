@@ -1,0 +1,91 @@
+// A product as a column-major library sees it: D[m, n] = op(A)[m, k] op(B)[k, n]. A function of the
+// arguments alone, without the library: tests/cpp holds it to a product by hand.
+//
+// Memory that is row-major is the transpose, column-major: a row-major out is D = out^T = b^T a^T,
+// so that A is b and B is a; a column-major out is D itself. Either way a factor that lies as out
+// does is taken as it is, and one that lies the other way is transposed.
+#pragma once
+
+#include <optional>
+#include <type_traits>
+
+#include "redline/kernels/gemm.h"
+
+namespace redline::cuda {
+
+// All that an algorithm is chosen by: the key of its plan. Every bit of it is compared.
+struct GemmProblem {
+  enum BiasGrad : int32_t { none, of_a, of_b };
+
+  int64_t m = 0, n = 0, k = 0, batch = 1;
+  int64_t lda = 0, ldb = 0, ldd = 0, ld_pre = 0;
+  int64_t stride_a = 0, stride_b = 0, stride_d = 0, stride_pre = 0;
+  int32_t device = 0, sm_target = 0;  // sm_target 0: all
+  int32_t swapped = 0;                // A is b
+  int32_t transpose_a = 0, transpose_b = 0;
+  int32_t factors = 0, out = 0;  // DType
+  int32_t epilogue = 0;          // GemmEpilogue
+  int32_t has_bias = 0, has_pre = 0, bias_grad = none;
+  int32_t accumulate = 0, tf32 = 0;
+  // Bytes, 16 at most: the widest access. More is not told apart, so that two tensors of torch's
+  // allocator, a slice of one perhaps, get one plan and the same bits.
+  int32_t align_a = 0, align_b = 0, align_d = 0, align_vector = 0, align_pre = 0;
+};
+static_assert(std::has_unique_object_representations_v<GemmProblem>);
+
+inline int32_t alignment(const TensorView& view) {
+  const auto address = reinterpret_cast<uintptr_t>(view.data) | 16;
+  return static_cast<int32_t>(address & (~address + 1));
+}
+
+// Nothing where the library's epilogues cannot say it: a bias along D's columns, or a
+// pre_activation that lies otherwise than out or whose lines are no multiple of 8 elements.
+inline std::optional<GemmProblem> problem_of(const Gemm& args, Stream stream) {
+  const MatrixLayout out = *matrix_layout(args.out), a = *matrix_layout(args.a),
+                     b = *matrix_layout(args.b);
+  const int last = args.out.rank - 1;
+  const bool batched = args.out.rank == 3;
+  const auto stride = [batched](const TensorView& view) { return batched ? view.strides[0] : 0; };
+  GemmProblem p;
+  p.swapped = out.row_major;
+  const TensorView &left = p.swapped ? args.b : args.a, &right = p.swapped ? args.a : args.b;
+  const MatrixLayout &left_layout = p.swapped ? b : a, &right_layout = p.swapped ? a : b;
+  p.m = args.out.sizes[p.swapped ? last : last - 1];
+  p.n = args.out.sizes[p.swapped ? last - 1 : last];
+  p.k = args.a.sizes[last];
+  p.batch = batched ? args.out.sizes[0] : 1;
+  p.lda = left_layout.ld, p.ldb = right_layout.ld, p.ldd = out.ld;
+  p.stride_a = stride(left), p.stride_b = stride(right), p.stride_d = stride(args.out);
+  p.transpose_a = left_layout.row_major != out.row_major;
+  p.transpose_b = right_layout.row_major != out.row_major;
+  p.align_a = alignment(left), p.align_b = alignment(right), p.align_d = alignment(args.out);
+  p.device = stream.device;
+  p.sm_target = stream.sm_margin > 0 ? stream.usable_sms() : 0;
+  p.factors = static_cast<int32_t>(args.a.dtype);
+  p.out = static_cast<int32_t>(args.out.dtype);
+  p.epilogue = static_cast<int32_t>(args.epilogue);
+  p.accumulate = args.accumulate;
+  p.tf32 = args.tf32 && args.a.dtype == DType::float32;
+  if (args.bias) {
+    if (!p.swapped) return std::nullopt;
+    p.has_bias = 1;
+    p.align_vector = alignment(args.bias);
+  }
+  if (args.bias_grad) {
+    p.bias_grad = p.swapped ? GemmProblem::of_b : GemmProblem::of_a;
+    p.align_vector = alignment(args.bias_grad);
+  }
+  if (args.pre_activation) {
+    const MatrixLayout pre = *matrix_layout(args.pre_activation);
+    p.has_pre = 1;
+    p.ld_pre = pre.ld, p.stride_pre = stride(args.pre_activation);
+    p.align_pre = alignment(args.pre_activation);
+    if (pre.row_major != out.row_major || p.ld_pre % 8 != 0 || p.stride_pre % 8 != 0 ||
+        p.align_pre < 16) {
+      return std::nullopt;
+    }
+  }
+  return p;
+}
+
+}  // namespace redline::cuda
