@@ -76,6 +76,10 @@ def gradient_ignores_strides_and_neighbours(op, inputs, rows):
         assert torch.equal(gradient(x[one], upstream[one], *rest), expected[one]), f"row {row}"
 
 
+# The names under which seen_calls() sees a product.
+PRODUCTS = {"aten::mm", "aten::addmm", "redline::gemm", "redline::gemm_into"}
+
+
 @contextlib.contextmanager
 def seen_calls(names):
     """Appends the name of every op that is called below autograd, backward included."""

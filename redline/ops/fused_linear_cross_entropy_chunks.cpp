@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "redline/kernels/cross_entropy.h"
+#include "redline/ops/gemm.h"
 #include "redline/ops/linear.h"
 #include "redline/ops/registration.h"
 #include "redline/ops/run.h"
@@ -57,15 +58,6 @@ Tensor part(const Tensor& tensor, Range range) {
   return tensor.narrow(0, range.begin, range.end - range.begin);
 }
 
-// buffer + left right, or left right alone, in the buffer's precision.
-void multiply_into(Tensor buffer, const Tensor& left, const Tensor& right, bool accumulate) {
-  if (!accumulate && buffer.scalar_type() == right.scalar_type()) {
-    at::mm_out(buffer, left, right);
-  } else {
-    linear_weight_grad_into(buffer, left.t(), right, accumulate);
-  }
-}
-
 // --- the head below the dispatcher --------------------------------------------------------------
 
 // Sizes that need no symbols, rows as [tokens, hidden] and [tokens].
@@ -93,9 +85,11 @@ struct Rows {
   Tensor logits(const Tensor& buffer, Range rows, Range classes) const {
     Tensor out =
         buffer.narrow(0, 0, rows.end - rows.begin).narrow(1, 0, classes.end - classes.begin);
-    const Tensor part_of_weight = part(weight, classes).t();
-    if (bias) return at::addmm_out(out, part(*bias, classes), part(x, rows), part_of_weight);
-    return at::mm_out(out, part(x, rows), part_of_weight);
+    gemm_out({.a = part(x, rows),
+              .b = part(weight, classes).t(),
+              .out = out,
+              .bias = bias ? part(*bias, classes) : Tensor()});
+    return out;
   }
 
   Tensor x, weight;
@@ -188,10 +182,15 @@ Gradients backward(const Tensor& loss_grad, const Tensor& x, const Tensor& weigh
     const Tensor logits = rows.logits(buffer, {0, rows.tokens}, classes);
     gradient.vocab_start = classes.begin;
     call_gradient(logits, gradient, true);
-    if (wanted[0]) multiply_into(x_sum, logits, part(weight, classes), classes.begin > 0);
+    if (wanted[0]) {
+      gemm_out(
+          {.a = logits, .b = part(weight, classes), .out = x_sum, .accumulate = classes.begin > 0});
+    }
     if (wanted[1]) {
-      multiply_into(part(main_grad.value_or(weight_grad), classes), logits.t(), rows.x,
-                    main_grad && accumulate);
+      gemm_out({.a = logits.t(),
+                .b = rows.x,
+                .out = part(main_grad.value_or(weight_grad), classes),
+                .accumulate = main_grad && accumulate});
     }
     if (wanted[2]) {
       Tensor out = part(bias_grad, classes);
@@ -235,8 +234,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> promise(
       gradient.targets = chunk_targets;
       call_gradient(logits, gradient, true);
       const bool later = tokens.begin > 0;
-      if (wanted[0]) multiply_into(part(x_rows, tokens), logits, weight, false);
-      if (wanted[1]) multiply_into(weight_grad, logits.t(), part(rows.x, tokens), later);
+      if (wanted[0]) gemm_out({.a = logits, .b = weight, .out = part(x_rows, tokens)});
+      if (wanted[1]) {
+        gemm_out(
+            {.a = logits.t(), .b = part(rows.x, tokens), .out = weight_grad, .accumulate = later});
+      }
       if (wanted[2]) {
         const Tensor sum = logits.sum(at::IntArrayRef{0}, false, wide);
         later ? bias_grad.add_(sum) : bias_grad.copy_(sum);

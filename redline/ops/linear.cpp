@@ -3,6 +3,8 @@
 
 #include <torch/custom_class.h>
 
+#include "redline/ops/dense.h"
+#include "redline/ops/gemm.h"
 #include "redline/ops/registration.h"
 #include "redline/ops/run.h"
 
@@ -39,24 +41,9 @@ void weight_grad_into(const Tensor& buffer, const Tensor& y_grad, const Tensor& 
                   buffer.sym_size(1) == x.sym_size(1),
               op_name, ": main_grad: expected [", y_grad.sym_size(1), ", ", x.sym_size(1),
               "], not ", buffer.sym_sizes());
-  buffer.unsafeGetTensorImpl()->bump_version();
+  bump_versions({buffer});
   if (x.is_meta()) return;
-  const Tensor left = y_grad.t();
-  const bool same = buffer.scalar_type() == x.scalar_type();
-  Tensor out = buffer;
-  if (x.is_cuda() && buffer.scalar_type() == at::kFloat && is_16_bit(x)) {
-    at::addmm_out(out, buffer, left, x, at::kFloat, accumulate ? 1 : 0, 1);
-  } else if (same && (x.is_cuda() || !is_16_bit(x))) {
-    out.addmm_(left, x, accumulate ? 1 : 0);
-  } else {  // the CPU has no product that is wider than its factors
-    const at::ScalarType wide = accumulation_type(x);
-    const Tensor sum = at::mm(left.to(wide), x.to(wide));
-    if (accumulate) {
-      out.add_(sum);
-    } else {
-      out.copy_(sum);
-    }
-  }
+  gemm_out({.a = y_grad.t(), .b = x, .out = buffer, .accumulate = accumulate});
 }
 
 // --- derivative ---------------------------------------------------------------------------------
@@ -78,11 +65,12 @@ struct LinearFunction : public torch::autograd::Function<LinearFunction> {
     const Tensor rows = rows_of(y_grad);
     Tensor x_grad, weight_grad, bias_grad;
     if (ctx->needs_input_grad(0)) x_grad = product_input_grad(y_grad, weight);
+    const bool needs_bias = ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2);
     if (ctx->needs_input_grad(1)) {
-      weight_grad = product_weight_grad(rows, rows_of(x), saved_weight_gradient(ctx, "weight"));
-    }
-    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) {
-      bias_grad = rows.sum(at::IntArrayRef{0});
+      std::tie(weight_grad, bias_grad) =
+          product_weight_grad(rows, rows_of(x), saved_weight_gradient(ctx, "weight"), needs_bias);
+    } else if (needs_bias) {
+      bias_grad = product_bias_grad(rows);
     }
     return {x_grad, weight_grad, bias_grad, Tensor()};
   }
@@ -120,6 +108,26 @@ Tensor autocast(const Tensor& x, const Tensor& weight, const OptionalTensor& bia
   const auto cast = [](const Tensor& tensor) { return cast_for_product(tensor, device); };
   return linear(cast(x), cast(weight), bias ? OptionalTensor(cast(*bias)) : std::nullopt,
                 {main_grad, accumulate, std::move(dummy_grad), delayed});
+}
+
+// Both of one product, whose epilogue adds up `left`, y_grad^T. What may fail for want of memory
+// comes before main_grad is written.
+std::tuple<Tensor, Tensor> weight_and_bias_grad(const Tensor& left, const Tensor& x,
+                                                const WeightGradientOptions& options) {
+  const c10::SymInt out = left.sym_size(0);
+  Tensor bias_grad = at::empty_symint({out}, x.options());
+  if (!options.main_grad) {
+    Tensor weight_grad = at::empty_symint({out, x.sym_size(1)}, x.options());
+    gemm_into(weight_grad, left, x, false, bias_grad);
+    return {weight_grad, bias_grad};
+  }
+  const Tensor& main_grad = *options.main_grad;
+  const Tensor dummy = dummy_of(main_grad, x.scalar_type(), options.dummy_grad);
+  const bool same = main_grad.scalar_type() == x.scalar_type();
+  const Tensor sum = same ? bias_grad : at::empty_symint({out}, main_grad.options());
+  gemm_into(main_grad, left, x, options.accumulate, sum);
+  if (!same) bias_grad.copy_(sum);
+  return {dummy, bias_grad};
 }
 
 void implement_inner(torch::Library& m) { m.impl("linear_weight_grad_into", weight_grad_into); }
@@ -178,8 +186,7 @@ Tensor rows_of(const Tensor& tensor) {
 }
 
 Tensor product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  const Tensor rows = rows_of(x);
-  const Tensor y = bias ? at::addmm(*bias, rows, weight.t()) : at::mm(rows, weight.t());
+  const Tensor y = gemm(rows_of(x), weight.t(), {.bias = bias});
   c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
   sizes.back() = weight.sym_size(0);
   return at::_unsafe_view_symint(y, sizes);
@@ -188,22 +195,31 @@ Tensor product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
 Tensor product_input_grad(const Tensor& y_grad, const Tensor& weight) {
   c10::SymDimVector sizes(y_grad.sym_sizes().begin(), y_grad.sym_sizes().end());
   sizes.back() = weight.sym_size(1);
-  return at::mm(rows_of(y_grad), weight).reshape_symint(sizes);
+  return gemm(rows_of(y_grad), weight).reshape_symint(sizes);
 }
 
-Tensor product_weight_grad(const Tensor& y_grad, const Tensor& x,
-                           const WeightGradientOptions& options) {
+Tensor product_bias_grad(const Tensor& y_grad) { return y_grad.sum(at::IntArrayRef{0}); }
+
+std::tuple<Tensor, Tensor> product_weight_grad(const Tensor& y_grad, const Tensor& x,
+                                               const WeightGradientOptions& options,
+                                               bool needs_bias) {
+  const Tensor left = y_grad.t();
+  if (needs_bias && !options.delayed && is_gemm_ours(left, x)) {
+    return weight_and_bias_grad(left, x, options);
+  }
+  const Tensor bias_grad = needs_bias ? product_bias_grad(y_grad) : Tensor();
   if (options.delayed) {
     (*options.delayed)
         ->push({.x = x.detach(),
                 .y_grad = y_grad.detach(),
                 .main_grad = value(options.main_grad),
                 .accumulate = options.accumulate});
-    return {};
+    return {Tensor(), bias_grad};
   }
-  if (!options.main_grad) return at::mm(y_grad.t(), x);
+  if (!options.main_grad) return {gemm(left, x), bias_grad};
+  const Tensor dummy = dummy_of(*options.main_grad, x.scalar_type(), options.dummy_grad);
   linear_weight_grad_into(*options.main_grad, y_grad, x, options.accumulate);
-  return dummy_of(*options.main_grad, x.scalar_type(), options.dummy_grad);
+  return {dummy, bias_grad};
 }
 
 Tensor dummy_of(const Tensor& main_grad, at::ScalarType dtype, const std::string& kind) {
@@ -255,7 +271,7 @@ std::optional<Tensor> WeightGradientQueue::pop() {
   entries_.pop_front();
   const at::NoGradGuard no_grad;
   const c10::impl::ExcludeDispatchKeyGuard off(c10::autocast_dispatch_keyset);
-  if (!entry.main_grad.defined()) return at::mm(entry.y_grad.t(), entry.x);
+  if (!entry.main_grad.defined()) return gemm(entry.y_grad.t(), entry.x);
   linear_weight_grad_into(entry.main_grad, entry.y_grad, entry.x, entry.accumulate);
   return std::nullopt;
 }

@@ -1,5 +1,5 @@
 // y = x W^T + bias, and where the weight's gradient goes. Kept for backward: x where the weight is
-// trained, the weight where x has a gradient. The products are ATen's: cuBLASLt, oneDNN or MKL.
+// trained, the weight where x has a gradient. The products are gemm's.
 #pragma once
 
 #include <deque>
@@ -78,15 +78,19 @@ void check_one_rank(const char* op, const std::optional<std::string>& tp_group,
 // [rows, cols]: the leading dimensions as one.
 at::Tensor rows_of(const at::Tensor& tensor);
 
-// These three below autograd. x W^T + bias: [..., out] of x [..., in].
+// These below autograd. x W^T + bias: [..., out] of x [..., in].
 at::Tensor product(const at::Tensor& x, const at::Tensor& weight,
                    const std::optional<at::Tensor>& bias);
 // y_grad W: [..., in] of y_grad [..., out].
 at::Tensor product_input_grad(const at::Tensor& y_grad, const at::Tensor& weight);
-// y_grad^T x to where the options say, and what autograd is given for it; y_grad [rows, out],
-// x [rows, in].
-at::Tensor product_weight_grad(const at::Tensor& y_grad, const at::Tensor& x,
-                               const WeightGradientOptions& options);
+// y_grad^T x to where the options say, and what autograd is given for it, with the bias's gradient
+// where it is needed too; y_grad [rows, out], x [rows, in].
+std::tuple<at::Tensor, at::Tensor> product_weight_grad(const at::Tensor& y_grad,
+                                                       const at::Tensor& x,
+                                                       const WeightGradientOptions& options,
+                                                       bool needs_bias = false);
+// The bias's gradient alone.
+at::Tensor product_bias_grad(const at::Tensor& y_grad);
 // What autograd is given for a weight of `dtype` whose gradient went into main_grad.
 at::Tensor dummy_of(const at::Tensor& main_grad, at::ScalarType dtype, const std::string& kind);
 
