@@ -76,6 +76,18 @@ def trained(case, dtype, device):
     return x, weight, bias
 
 
+def test_the_derivative_has_one(device):
+    """A gradient penalty, as stock gives it."""
+    x, weight, bias = trained(((5,), 4, 3), torch.float32, device)
+
+    def penalty(linear):
+        grads = torch.autograd.grad(linear(x, weight, bias).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(grads[0].square().sum(), (x, weight, bias))
+
+    for ours, stock in zip(penalty(ops.linear), penalty(torch.nn.functional.linear), strict=True):
+        assert_close(ours, stock.double(), roundings=2, sums=32)
+
+
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias", "x weight"])
 def test_frozen_inputs_keep_and_compute_nothing(frozen, device):
     leaves = dict(zip(("x", "weight", "bias"), trained(((5,), 4, 3), torch.float32, device)))
