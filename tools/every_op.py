@@ -67,6 +67,16 @@ def rows(width, dtype):
     both(lambda s: ops.softmax(s, causal=True), x.view(1, 7, 10, width))
 
 
+def products(a, b):
+    """Each epilogue, in lines of a whole number of vectors and not."""
+    for cols in (b.shape[1], b.shape[1] - 1):
+        right, bias = b[:, :cols], draw(cols, dtype=b.dtype)
+        _, pre = torch.ops.redline.gemm_gelu(a, right, bias=bias)
+        torch.ops.redline.gemm(a, right, epilogue="gelu_grad", pre_activation=pre)
+        out, bias_grad = torch.zeros_like(pre), torch.empty_like(pre[:, 0])
+        torch.ops.redline.gemm_into(out, a, right, bias_grad=bias_grad)
+
+
 def heads(dtype):
     cos, sin = draw(40, 16, dtype=torch.float32), draw(40, 16, dtype=torch.float32)
     both(lambda x: ops.rotary(x, cos, sin), draw(2, 33, 3, 64, dtype=dtype))
@@ -74,6 +84,8 @@ def heads(dtype):
     weight, x = draw(24, 40, dtype=dtype), draw(7, 40, dtype=dtype)
     main_grad = torch.zeros(24, 40, device="cuda")
     both(lambda a, w: ops.linear(a, w, main_grad=main_grad), x, weight)
+    both(ops.linear, x, weight, draw(24, dtype=dtype))
+    products(x, weight.t())
     targets = torch.randint(24, (7,), device="cuda")
     head = ops.fused_linear_cross_entropy
     both(lambda a, w: head(a, w, targets, main_grad=main_grad), x, weight)

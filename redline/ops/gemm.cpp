@@ -143,12 +143,12 @@ bool allows_tf32() {
              at::Float32Precision::TF32;
 }
 
-// The tensor, or a contiguous copy of one whose rows and columns are both apart.
+// The tensor, or a contiguous copy where neither rows nor columns are adjacent.
 Tensor as_matrix(const Tensor& tensor) {
   return !tensor.defined() || matrix_layout(view(tensor)) ? tensor : tensor.contiguous();
 }
 
-// Tensors with strides that the library can read; the last step of the other half is write_back().
+// With strides that the library can read: copies of what has others.
 GemmOperands as_matrices(const GemmOperands& o) {
   GemmOperands matrices = o;
   for (Tensor* tensor : {&matrices.a, &matrices.b, &matrices.out, &matrices.pre_activation}) {

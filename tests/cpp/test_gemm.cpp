@@ -181,6 +181,20 @@ TEST(PlanCache, KeepsTheLastUsed) {
   EXPECT_FALSE(cache.use({3}, read));
 }
 
+TEST(Choices, AFailedOneIsReplacedByTheNext) {
+  cuda::Choices<int, 3> choices;
+  EXPECT_EQ(choices.standing(), nullptr);
+  choices.add(10);
+  choices.add(20);
+  EXPECT_EQ(*choices.standing(), 10);
+  EXPECT_TRUE(choices.replace(0));
+  EXPECT_EQ(*choices.standing(), 20);
+  EXPECT_TRUE(choices.replace(0));  // a thread that is late does not fail the second
+  EXPECT_EQ(*choices.standing(), 20);
+  EXPECT_FALSE(choices.replace(1));
+  EXPECT_EQ(choices.standing(), nullptr);
+}
+
 TEST(PlanCache, ThreadsShareIt) {
   cuda::PlanCache<Key, int64_t> cache(16);
   std::vector<std::thread> threads;

@@ -6,6 +6,7 @@
 
 #include <array>
 #include <map>
+#include <mutex>
 
 #include "redline/kernels/cuda/gemm_problem.h"
 #include "redline/kernels/cuda/launch.h"
@@ -23,11 +24,7 @@ struct Choice {
   int64_t workspace;
 };
 
-// In the heuristic's order; those before `current` failed.
-struct Plan {
-  std::array<Choice, 8> choices;
-  int count = 0, current = 0;
-};
+using Plan = cuda::Choices<Choice, 8>;  // in the heuristic's order
 
 void check_library(cublasStatus_t status, const char* what) {
   REDLINE_CHECK(status == CUBLAS_STATUS_SUCCESS, op, ": ", what, ": ",
@@ -180,7 +177,7 @@ const void* address_aligned_to(int32_t bytes) {
 Plan choose(const GemmProblem& p, Stream stream) {
   Descriptors of(p, address_aligned_to(p.align_vector), address_aligned_to(p.align_pre));
   Preference preference(p, stream);
-  std::array<cublasLtMatmulHeuristicResult_t, std::tuple_size_v<decltype(Plan::choices)>> found;
+  std::array<cublasLtMatmulHeuristicResult_t, Plan::capacity> found;
   int count = 0;
   const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
       handle_of(stream.device), &of.operation, &of.a.layout, &of.b.layout, &of.d.layout,
@@ -189,16 +186,16 @@ Plan choose(const GemmProblem& p, Stream stream) {
   if (status != CUBLAS_STATUS_SUCCESS) return plan;
   for (int i = 0; i < count; ++i) {
     if (found[i].state != CUBLAS_STATUS_SUCCESS) continue;
-    plan.choices[plan.count++] = {found[i].algo, static_cast<int64_t>(found[i].workspaceSize)};
+    plan.add({found[i].algo, static_cast<int64_t>(found[i].workspaceSize)});
   }
   return plan;
 }
 
-// The choice that stands, and how many before it failed; nothing where there is none.
-std::optional<std::pair<Choice, int>> current_choice(const GemmProblem& p, Stream stream) {
+// The choice that stands and its number; nothing where there is none.
+std::optional<std::pair<Choice, int>> standing_choice(const GemmProblem& p, Stream stream) {
   std::optional<std::pair<Choice, int>> choice;
   const auto read = [&](const Plan& plan) {
-    if (plan.count > 0) choice.emplace(plan.choices[plan.current], plan.current);
+    if (const Choice* standing = plan.standing()) choice.emplace(*standing, plan.number());
   };
   if (!plans().use(p, read)) {
     const Plan plan = choose(p, stream);
@@ -208,13 +205,10 @@ std::optional<std::pair<Choice, int>> current_choice(const GemmProblem& p, Strea
   return choice;
 }
 
-// Puts the next choice in place of the failed one; after the last the plan is forgotten: the next
-// call asks the heuristic again.
+// After the last the plan is forgotten: the next call asks the heuristic again.
 void replace_choice(const GemmProblem& p, int failed, cublasStatus_t status) {
   bool left = true;
-  plans().use(p, [&](Plan& plan) {
-    if (plan.current == failed) left = ++plan.current < plan.count;
-  });
+  plans().use(p, [&](Plan& plan) { left = plan.replace(failed); });
   if (left) return;
   plans().forget(p);
   fail(__FILE__, __LINE__, op, ": every algorithm of cuBLASLt for m ", p.m, ", n ", p.n, ", k ",
@@ -228,14 +222,14 @@ void replace_choice(const GemmProblem& p, int failed, cublasStatus_t status) {
 std::optional<int64_t> workspace_bytes(const Gemm& args, Stream stream) {
   const auto problem = cuda::problem_of(args, stream);
   if (!problem) return std::nullopt;
-  const auto choice = current_choice(*problem, stream);
+  const auto choice = standing_choice(*problem, stream);
   if (!choice) return std::nullopt;
   return choice->first.workspace;
 }
 
 bool run(const Gemm& args, Stream stream) {
   const auto problem = cuda::problem_of(args, stream);
-  const auto choice = problem ? current_choice(*problem, stream) : std::nullopt;
+  const auto choice = problem ? standing_choice(*problem, stream) : std::nullopt;
   REDLINE_CHECK(choice, op, ": cuBLASLt has no algorithm for ", args.a, " times ", args.b, " into ",
                 args.out);
   const auto& [algorithm, workspace] = choice->first;

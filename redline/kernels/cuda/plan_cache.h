@@ -2,6 +2,7 @@
 // for longest makes room. One lock, held for the look-up alone.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <mutex>
@@ -9,6 +10,29 @@
 #include <unordered_map>
 
 namespace redline::cuda {
+
+// What may run, best first. One stands; what stood before it failed.
+template <typename Choice, int most>
+class Choices {
+ public:
+  static constexpr int capacity = most;
+
+  void add(const Choice& choice) { list_[count_++] = choice; }
+
+  // Null where none is left.
+  const Choice* standing() const { return standing_ < count_ ? &list_[standing_] : nullptr; }
+  int number() const { return standing_; }
+
+  // Puts the next one in place of number `failed`, unless another thread has; false where none is.
+  bool replace(int failed) {
+    if (standing_ == failed) ++standing_;
+    return standing_ < count_;
+  }
+
+ private:
+  std::array<Choice, most> list_ = {};
+  int count_ = 0, standing_ = 0;
+};
 
 // Keys are compared, and hashed, as memory.
 template <typename Key, typename Plan>
