@@ -372,7 +372,7 @@ def test_a_compiled_backward_rebuilds(device):
     calls = []
     with contract.seen_calls(calls):
         y.sum().backward()
-    ours = [name for name in calls if name.startswith("redline::")]
+    ours = [n for n in calls if n.startswith("redline::") and n != "redline::gemm"]
     assert sorted(ours) == [
         "redline::gated_activation_backward_rebuild",
         "redline::norm_rebuild",

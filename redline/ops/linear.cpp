@@ -65,12 +65,11 @@ struct LinearFunction : public torch::autograd::Function<LinearFunction> {
     const Tensor rows = rows_of(y_grad);
     Tensor x_grad, weight_grad, bias_grad;
     if (ctx->needs_input_grad(0)) x_grad = product_input_grad(y_grad, weight);
-    const bool needs_bias = ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2);
     if (ctx->needs_input_grad(1)) {
-      std::tie(weight_grad, bias_grad) =
-          product_weight_grad(rows, rows_of(x), saved_weight_gradient(ctx, "weight"), needs_bias);
-    } else if (needs_bias) {
-      bias_grad = product_bias_grad(rows);
+      weight_grad = product_weight_grad(rows, rows_of(x), saved_weight_gradient(ctx, "weight"));
+    }
+    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) {
+      bias_grad = rows.sum(at::IntArrayRef{0});
     }
     return {x_grad, weight_grad, bias_grad, Tensor()};
   }
@@ -108,26 +107,6 @@ Tensor autocast(const Tensor& x, const Tensor& weight, const OptionalTensor& bia
   const auto cast = [](const Tensor& tensor) { return cast_for_product(tensor, device); };
   return linear(cast(x), cast(weight), bias ? OptionalTensor(cast(*bias)) : std::nullopt,
                 {main_grad, accumulate, std::move(dummy_grad), delayed});
-}
-
-// Both of one product, whose epilogue adds up `left`, y_grad^T. What may fail for want of memory
-// comes before main_grad is written.
-std::tuple<Tensor, Tensor> weight_and_bias_grad(const Tensor& left, const Tensor& x,
-                                                const WeightGradientOptions& options) {
-  const c10::SymInt out = left.sym_size(0);
-  Tensor bias_grad = at::empty_symint({out}, x.options());
-  if (!options.main_grad) {
-    Tensor weight_grad = at::empty_symint({out, x.sym_size(1)}, x.options());
-    gemm_into(weight_grad, left, x, false, bias_grad);
-    return {weight_grad, bias_grad};
-  }
-  const Tensor& main_grad = *options.main_grad;
-  const Tensor dummy = dummy_of(main_grad, x.scalar_type(), options.dummy_grad);
-  const bool same = main_grad.scalar_type() == x.scalar_type();
-  const Tensor sum = same ? bias_grad : at::empty_symint({out}, main_grad.options());
-  gemm_into(main_grad, left, x, options.accumulate, sum);
-  if (!same) bias_grad.copy_(sum);
-  return {dummy, bias_grad};
 }
 
 void implement_inner(torch::Library& m) { m.impl("linear_weight_grad_into", weight_grad_into); }
@@ -198,28 +177,20 @@ Tensor product_input_grad(const Tensor& y_grad, const Tensor& weight) {
   return gemm(rows_of(y_grad), weight).reshape_symint(sizes);
 }
 
-Tensor product_bias_grad(const Tensor& y_grad) { return y_grad.sum(at::IntArrayRef{0}); }
-
-std::tuple<Tensor, Tensor> product_weight_grad(const Tensor& y_grad, const Tensor& x,
-                                               const WeightGradientOptions& options,
-                                               bool needs_bias) {
-  const Tensor left = y_grad.t();
-  if (needs_bias && !options.delayed && is_gemm_ours(left, x)) {
-    return weight_and_bias_grad(left, x, options);
-  }
-  const Tensor bias_grad = needs_bias ? product_bias_grad(y_grad) : Tensor();
+Tensor product_weight_grad(const Tensor& y_grad, const Tensor& x,
+                           const WeightGradientOptions& options) {
   if (options.delayed) {
     (*options.delayed)
         ->push({.x = x.detach(),
                 .y_grad = y_grad.detach(),
                 .main_grad = value(options.main_grad),
                 .accumulate = options.accumulate});
-    return {Tensor(), bias_grad};
+    return {};
   }
-  if (!options.main_grad) return {gemm(left, x), bias_grad};
+  if (!options.main_grad) return gemm(y_grad.t(), x);
   const Tensor dummy = dummy_of(*options.main_grad, x.scalar_type(), options.dummy_grad);
   linear_weight_grad_into(*options.main_grad, y_grad, x, options.accumulate);
-  return {dummy, bias_grad};
+  return dummy;
 }
 
 Tensor dummy_of(const Tensor& main_grad, at::ScalarType dtype, const std::string& kind) {

@@ -68,12 +68,11 @@ struct NormLinearFunction : public torch::autograd::Function<NormLinearFunction>
       const Tensor rows = rows_of(y_grad);
       if (needs_weight) {
         const Tensor& normalized = saved[NormKept::count + 1];
-        std::tie(weight_grad, bias_grad) = product_weight_grad(
+        weight_grad = product_weight_grad(
             rows, rows_of(normalized.defined() ? normalized : norm.rebuild(kept)),
-            saved_weight_gradient(ctx, "weight"), needs_bias);
-      } else if (needs_bias) {
-        bias_grad = product_bias_grad(rows);
+            saved_weight_gradient(ctx, "weight"));
       }
+      if (needs_bias) bias_grad = rows.sum(at::IntArrayRef{0});
       if (needs.any()) normalized_grad = product_input_grad(y_grad, weight);
     }
     if (ctx->saved_data["returns_normalized"].toBool() && grads.back().defined()) {

@@ -124,6 +124,7 @@ struct NormMlpFunction : public torch::autograd::Function<NormMlpFunction> {
     const Kept kept = Kept::from(saved);
     Gradients out;
     const Tensor rows = rows_of(y_grad);
+    if (needs.fc2_bias) out.fc2_bias = rows.sum(at::IntArrayRef{0});
     Tensor up_grad;
     {
       Tensor activated;
@@ -138,16 +139,14 @@ struct NormMlpFunction : public torch::autograd::Function<NormMlpFunction> {
         activated = activate(kept.up, optional(kept.fc1_bias), node.activation);
       }
       if (needs.fc2_weight) {
-        std::tie(out.fc2_weight, out.fc2_bias) = product_weight_grad(
-            rows, rows_of(activated), saved_weight_gradient(ctx, "fc2"), needs.fc2_bias);
-      } else if (needs.fc2_bias) {
-        out.fc2_bias = product_bias_grad(rows);
+        out.fc2_weight =
+            product_weight_grad(rows, rows_of(activated), saved_weight_gradient(ctx, "fc2"));
       }
     }
     if (needs.fc1_weight) {
       const Tensor normalized = node.norm.rebuild(norm_kept);
-      std::tie(out.fc1_weight, std::ignore) = product_weight_grad(
-          rows_of(up_grad), rows_of(normalized), saved_weight_gradient(ctx, "fc1"));
+      out.fc1_weight = product_weight_grad(rows_of(up_grad), rows_of(normalized),
+                                           saved_weight_gradient(ctx, "fc1"));
     }
     if (needs.norm.any()) out.normalized = product_input_grad(up_grad, kept.fc1_weight);
     return out;
