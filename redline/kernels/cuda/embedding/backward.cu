@@ -1,243 +1,238 @@
-// The gradient of embedding (kernels/embedding.h): the tokens' positions are sorted by row of the
-// vocabulary, stably, on as many bits as the vocabulary has; then each row of the gradient is
-// summed in registers over its tokens in order and written once, rows without tokens as zeros. Text
-// names a few rows very often: a row of many tokens is cut into chunks that blocks of their own sum
-// first. Bound by bytes; of the floor: bench/results.
-#include <bit>
-#include <cub/device/device_radix_sort.cuh>
-
-#include "redline/kernels/cuda/embedding/tokens.cuh"
+// The gradient of embedding (kernels/embedding.h). The tokens' positions are put in order of their
+// rows of the vocabulary; a group of threads takes the rows that start at some of these places,
+// sums each in registers over its tokens and writes it once. Text names a few rows very often: a
+// row of many tokens is cut into chunks, whose sums a last launch adds. Rows without tokens are
+// nobody's: blocks of their own write the zeros. Bound by bytes; of the floor: bench/results.
+#include "redline/kernels/cuda/embedding/order.cuh"
 
 namespace redline {
 namespace cuda {
 namespace {
 
-// --- sort ---------------------------------------------------------------------------------------
-
-// The parts of the workspace, each [tokens] but the last two. `rows` are rows of the vocabulary,
-// `order` positions among the tokens; sorted_order is what the sum follows.
-struct Workspace {
-  uint32_t *rows, *sorted_rows, *order, *sorted_order;
-  float* partial;  // [chunk_slots, hidden]
-  void* sort_space;
-};
-
-constexpr int64_t part_size(int64_t elements) { return ceil_div(elements, 64) * 64; }  // 256 bytes
-
-// Tokens of a row that are added one after another.
-constexpr int chunk = 64;
-
-// Each `chunk` sorted places hold the start of one row of more than a chunk at most, and of one
-// further chunk of such a row: the starts of a kind lie a chunk apart or more.
-constexpr int64_t chunk_slots(int64_t tokens) { return 2 * ceil_div(tokens, chunk); }
-
-// Elements before the sort's own space.
-constexpr int64_t fixed_size(int64_t tokens, int64_t hidden) {
-  return 4 * part_size(tokens) + part_size(chunk_slots(tokens) * hidden);
-}
-
-Workspace workspace_of(const EmbeddingBackward& args) {
-  uint32_t* begin = args.workspace.as<uint32_t>();
-  const int64_t tokens = args.tokens.sizes[0], part = part_size(tokens);
-  return {.rows = begin,
-          .sorted_rows = begin + part,
-          .order = begin + 2 * part,
-          .sorted_order = begin + 3 * part,
-          .partial = reinterpret_cast<float*>(begin + 4 * part),
-          .sort_space = begin + fixed_size(tokens, args.weight_grad.sizes[1])};
-}
-
-// Sorts where `space` is given; otherwise tells the bytes that it needs.
-size_t sort(const Workspace& at, void* space, size_t bytes, Tokens tokens, Stream stream) {
-  const int bits = std::bit_width(static_cast<uint64_t>(tokens.vocabulary));
-  check_status(cub::DeviceRadixSort::SortPairs(space, bytes, at.rows, at.sorted_rows, at.order,
-                                               at.sorted_order, static_cast<int>(tokens.count), 0,
-                                               bits, static_cast<cudaStream_t>(stream.handle)),
-               "embedding: sort");
-  return bytes;
-}
-
-constexpr int sort_threads = 256;
-
-// Tokens without a gradient go behind all rows.
-__global__ void __launch_bounds__(sort_threads)
-    rows_kernel(Tokens tokens, int64_t padding_index, uint32_t* rows, uint32_t* order) {
-  const int64_t i = int64_t{blockIdx.x} * sort_threads + threadIdx.x;
-  if (i >= tokens.count) return;
-  const int64_t token = read_token(tokens, i);
-  const bool counts = token >= 0 && token != padding_index;
-  rows[i] = static_cast<uint32_t>(counts ? token : tokens.vocabulary);
-  order[i] = static_cast<uint32_t>(i);
-}
-
-void sort_by_row(const EmbeddingBackward& args, Tokens tokens, Stream stream) {
-  if (tokens.count == 0) return;
-  const Workspace at = workspace_of(args);
-  launch(rows_kernel,
-         {.grid = dim3(ceil_div(tokens.count, sort_threads)),
-          .block = dim3(sort_threads),
-          .stream = stream},
-         tokens, args.padding_index, at.rows, at.order);
-  const int64_t used = fixed_size(tokens.count, args.weight_grad.sizes[1]);
-  sort(at, at.sort_space, static_cast<size_t>(args.workspace.sizes[0] - used) * 4, tokens, stream);
-}
-
-// --- sum ----------------------------------------------------------------------------------------
-
 constexpr int sum_threads = 128;
-constexpr int rows_per_lane = 8;  // rows that a thread takes in turn: their searches run at once
-constexpr int sum_vectors = 8;    // tokens in flight per thread
+constexpr int window = 8;       // sorted places of a group of threads
+constexpr int sum_vectors = 8;  // tokens in flight per thread
+constexpr int zero_rows = 32;   // of the vocabulary, that a block looks for rows without tokens
 
 struct Backward {
   const void* y_grad;
   void* weight_grad;
-  const uint32_t *sorted_rows, *order;
+  const uint32_t *rows, *order, *begins;  // of sorted places: order.cuh
   float* partial;
   int64_t y_grad_stride, weight_grad_stride, count, vocabulary, hidden;
-  int lanes;  // threads of a row
+  int lanes;           // threads of a row
+  int64_t sum_blocks;  // the blocks after these write zeros
   bool accumulate;
 };
 
-// The first place in the sorted rows that is not below `row`.
-__device__ __forceinline__ int64_t find_row(const Backward& args, int64_t row) {
-  int64_t begin = 0, end = args.count;
+// Where the sum of the chunk lies that starts at sorted place `start`: the first of its row, or a
+// further one.
+__device__ __forceinline__ int64_t slot_of(int64_t start, bool is_first) {
+  return 2 * (start / chunk) + (is_first ? 0 : 1);
+}
+
+// The columns of a thread.
+template <int V>
+struct Slice {
+  int64_t first, step;
+
+  __device__ __forceinline__ Slice(int thread, int threads)
+      : first((int64_t{blockIdx.y} * threads + thread) * V),
+        step(int64_t{gridDim.y} * threads * V) {}
+};
+
+// A row of weight_grad, V columns from `col` on: += or = the sums.
+template <typename Out, int V>
+struct RowOfGradient {
+  Out* at;
+  Packed<Out, V> before;
+
+  __device__ __forceinline__ RowOfGradient(const Backward& args, int64_t row, int64_t col)
+      : at(static_cast<Out*>(args.weight_grad) + row * args.weight_grad_stride + col), before{} {
+    if (args.accumulate) before = load_at<Out, V>(at);
+  }
+  __device__ __forceinline__ void store(float (&sums)[V]) const {
+#pragma unroll
+    for (int e = 0; e < V; ++e) sums[e] += element(before, e);
+    *reinterpret_cast<Packed<Out, V>*>(at) = pack<Out, V>(sums);
+  }
+};
+
+// Adds V columns from `col` on of `count` tokens, one after another.
+template <typename T, int V>
+__device__ __forceinline__ void sum_tokens(const Backward& args, const uint32_t* order, int count,
+                                           int64_t col, float (&sums)[V]) {
+  const T* y_grad = static_cast<const T*>(args.y_grad) + col;
+  for (int i = 0; i < count; i += sum_vectors) {
+    Packed<T, V> values[sum_vectors];
+#pragma unroll
+    for (int k = 0; k < sum_vectors; ++k) {
+      values[k] = {};
+      if (i + k < count) {
+        values[k] = load_at<T, V>(y_grad + int64_t{order[i + k]} * args.y_grad_stride);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < sum_vectors; ++k) {
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        if (i + k < count) sums[e] += element(values[k], e);
+      }
+    }
+  }
+}
+
+// --- rows with tokens ---------------------------------------------------------------------------
+
+// The places of a block and those that its last row may reach.
+struct Places {
+  static constexpr int most = sum_threads * window;
+  uint32_t begins[most], rows[most + chunk], order[most + chunk];
+};
+
+__device__ __forceinline__ void load_places(const Backward& args, int64_t base, int count,
+                                            Places& places) {
+  for (int i = threadIdx.x; i < count + chunk; i += sum_threads) {
+    const bool any = base + i < args.count;
+    places.rows[i] = any ? args.rows[base + i] : UINT32_MAX;
+    places.order[i] = any ? args.order[base + i] : 0;
+    if (i < count) places.begins[i] = any ? args.begins[base + i] : 0;
+  }
+  __syncthreads();
+}
+
+// Tokens from place i on that are of its row, a chunk at most.
+__device__ __forceinline__ int tokens_from(const Places& places, int i) {
+  int begin = i + 1, end = i + chunk;
   while (begin < end) {
-    const int64_t middle = begin + (end - begin) / 2;
-    if (args.sorted_rows[middle] < row) {
+    const int middle = (begin + end) / 2;
+    if (places.rows[middle] == places.rows[i]) {
       begin = middle + 1;
     } else {
       end = middle;
     }
   }
-  return begin;
+  return begin - i;
 }
 
-// Adds V columns from `col` on of the tokens at order[begin, end), one after another.
-template <typename T, int V>
-__device__ __forceinline__ void sum_tokens(const Backward& args, int begin, int end, int64_t col,
-                                           float (&sums)[V]) {
-  const T* y_grad = static_cast<const T*>(args.y_grad) + col;
-  for (int i = begin; i < end; i += sum_vectors) {
-    Packed<T, V> values[sum_vectors];
-#pragma unroll
-    for (int k = 0; k < sum_vectors; ++k) {
-      values[k] = {};
-      if (i + k < end) {
-        values[k] = load_at<T, V>(y_grad + int64_t{args.order[i + k]} * args.y_grad_stride);
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < sum_vectors; ++k) {
-#pragma unroll
-      for (int e = 0; e < V; ++e) {
-        if (i + k < end) sums[e] += element(values[k], e);
+template <typename T, typename Out, int V>
+__device__ __forceinline__ void sum_window(const Backward& args) {
+  __shared__ Places places;
+  const int groups = sum_threads / args.lanes, group = static_cast<int>(threadIdx.x) / args.lanes;
+  const int64_t base = int64_t{blockIdx.x} * groups * window;
+  load_places(args, base, groups * window, places);
+  if (group >= groups) return;
+  const Slice<V> columns(static_cast<int>(threadIdx.x) % args.lanes, args.lanes);
+  for (int i = group * window; i < (group + 1) * window; ++i) {
+    const uint32_t row = places.rows[i];
+    if (row >= args.vocabulary) return;
+    const int64_t at = base + i, before = at - places.begins[i];  // tokens of its row
+    if (before % chunk != 0) continue;
+    const int count = tokens_from(places, i);
+    const bool is_whole = before == 0 && (count < chunk || places.rows[i + chunk] != row);
+    for (int64_t col = columns.first; col < args.hidden; col += columns.step) {
+      float sums[V] = {};
+      if (is_whole) {
+        const RowOfGradient<Out, V> to(args, row, col);
+        sum_tokens<T, V>(args, places.order + i, count, col, sums);
+        to.store(sums);
+      } else {
+        sum_tokens<T, V>(args, places.order + i, count, col, sums);
+        float* to = args.partial + slot_of(at, before == 0) * args.hidden + col;
+        *reinterpret_cast<Packed<float, V>*>(to) = pack<float, V>(sums);
       }
     }
   }
 }
 
-// Where the sum of the chunk lies that starts at sorted place `start` of a row from `begin` on.
-__device__ __forceinline__ int64_t slot_of(int64_t begin, int64_t start) {
-  return 2 * (start / chunk) + (start != begin);
-}
+// --- rows without -------------------------------------------------------------------------------
 
-// The sorted places of the chunk whose sum is in `slot`; empty where there is none. A row of more
-// than a chunk covers the place before which (its start) or after which (a further chunk) it is
-// looked for.
-__device__ __forceinline__ Range chunk_in(const Backward& args, int64_t slot) {
-  const bool starts_row = slot % 2 == 0;
-  const int64_t window = slot / 2 * chunk, anchor = window + (starts_row ? chunk : 0);
-  if (anchor >= args.count) return {};
-  const uint32_t row = args.sorted_rows[anchor];
-  if (row >= args.vocabulary) return {};
-  const int64_t begin = find_row(args, row);
-  const int64_t start = starts_row ? begin : begin + (window - begin + chunk - 1) / chunk * chunk;
-  if (start < window || start >= window + chunk || (start == begin) != starts_row) return {};
-  const int64_t beyond = max(start, begin + chunk);  // of this row, or the row is one chunk
-  if (beyond >= args.count || args.sorted_rows[beyond] != row) return {};
-  return {start, min(start + chunk, find_row(args, int64_t{row} + 1))};
-}
-
-// Sums of the chunks of rows that have more than one.
-template <typename T, int V>
-__global__ void __launch_bounds__(sum_threads) chunk_kernel(const Backward args) {
-  const Range places = chunk_in(args, blockIdx.x);
-  if (places.begin == places.end) return;
-  const int64_t first_col = (int64_t{blockIdx.y} * sum_threads + threadIdx.x) * V;
-  for (int64_t col = first_col; col < args.hidden; col += int64_t{gridDim.y} * sum_threads * V) {
-    float sums[V] = {};
-    sum_tokens<T, V>(args, static_cast<int>(places.begin), static_cast<int>(places.end), col, sums);
-    float* to = args.partial + blockIdx.x * args.hidden + col;
-    *reinterpret_cast<Packed<float, V>*>(to) = pack<float, V>(sums);
+template <typename Out, int V>
+__device__ __forceinline__ void write_zeros(const Backward& args) {
+  __shared__ int64_t ends[2];
+  __shared__ uint32_t named;
+  const int64_t first = (blockIdx.x - args.sum_blocks) * zero_rows;
+  if (threadIdx.x == 0) named = 0;
+  if (threadIdx.x < 2) {
+    const int64_t row = min(first + threadIdx.x * zero_rows, args.vocabulary);
+    ends[threadIdx.x] = keys_below(args.rows, args.count, static_cast<uint32_t>(row));
+  }
+  __syncthreads();
+  for (int64_t i = ends[0] + threadIdx.x; i < ends[1]; i += sum_threads) {
+    atomicOr(&named, 1u << (args.rows[i] - first));
+  }
+  __syncthreads();
+  const int groups = sum_threads / args.lanes, group = static_cast<int>(threadIdx.x) / args.lanes;
+  if (group >= groups) return;
+  const Slice<V> columns(static_cast<int>(threadIdx.x) % args.lanes, args.lanes);
+  for (int r = group; r < zero_rows; r += groups) {
+    if (first + r >= args.vocabulary) return;
+    if (named >> r & 1) continue;
+    Out* to = static_cast<Out*>(args.weight_grad) + (first + r) * args.weight_grad_stride;
+    for (int64_t col = columns.first; col < args.hidden; col += columns.step) {
+      *reinterpret_cast<Packed<Out, V>*>(to + col) = Packed<Out, V>{};
+    }
   }
 }
+
+// Four blocks: left to itself the compiler spills a register of float32.
+template <typename T, typename Out, int V>
+__global__ void __launch_bounds__(sum_threads, 4) sum_kernel(const Backward args) {
+  wait_for_previous_launch();
+  allow_next_launch();
+  if (blockIdx.x < args.sum_blocks) {
+    sum_window<T, Out, V>(args);
+  } else {
+    write_zeros<Out, V>(args);
+  }
+}
+
+// --- rows of several chunks ---------------------------------------------------------------------
 
 // Adds V columns of the sums of a row's chunks, one after another.
 template <int V>
-__device__ __forceinline__ void sum_row_chunks(const Backward& args, int begin, int end,
-                                               int64_t col, float (&sums)[V]) {
-  for (int64_t start = begin; start < end; start += sum_vectors * chunk) {
+__device__ __forceinline__ void sum_chunks_of(const Backward& args, Range places, int64_t col,
+                                              float (&sums)[V]) {
+  for (int64_t start = places.begin; start < places.end; start += sum_vectors * chunk) {
     Packed<float, V> values[sum_vectors] = {};
 #pragma unroll
     for (int k = 0; k < sum_vectors; ++k) {
-      const int64_t at = slot_of(begin, start + k * chunk);
-      if (start + k * chunk < end) {
-        values[k] = load_at<float, V>(args.partial + at * args.hidden + col);
-      }
+      const int64_t at = start + k * chunk, slot = slot_of(at, at == places.begin);
+      if (at < places.end) values[k] = load_at<float, V>(args.partial + slot * args.hidden + col);
     }
 #pragma unroll
     for (int k = 0; k < sum_vectors; ++k) {
 #pragma unroll
       for (int e = 0; e < V; ++e) {
-        if (start + k * chunk < end) sums[e] += values[k].values[e];
+        if (start + k * chunk < places.end) sums[e] += values[k].values[e];
       }
     }
   }
 }
 
-template <typename T, typename Out, int V>
-__device__ __forceinline__ void sum_row(const Backward& args, int64_t row, int begin, int end,
-                                        int64_t col) {
-  if (args.accumulate && begin == end) return;
-  float sums[V] = {};
-  if (end - begin > chunk) {
-    sum_row_chunks(args, begin, end, col, sums);
-  } else {
-    sum_tokens<T, V>(args, begin, end, col, sums);
-  }
-  Out* to = static_cast<Out*>(args.weight_grad) + row * args.weight_grad_stride + col;
-  if (args.accumulate) {
-    const Packed<Out, V> before = load_at<Out, V>(to);
-#pragma unroll
-    for (int e = 0; e < V; ++e) sums[e] += element(before, e);
-  }
-  *reinterpret_cast<Packed<Out, V>*>(to) = pack<Out, V>(sums);
-}
-
-// A block takes rows_per_lane rows for each group of `lanes` threads, and a slice of the columns.
-// Its rows lie a grid apart: those of many tokens are neighbours in most vocabularies.
-// Four blocks: left to itself the compiler keeps float32 to 64 registers and spills one.
-template <typename T, typename Out, int V>
-__global__ void __launch_bounds__(sum_threads, 4) sum_kernel(const Backward args) {
-  __shared__ int begins[sum_threads * rows_per_lane], ends[sum_threads * rows_per_lane];
-  const int groups = sum_threads / args.lanes, rows = groups * rows_per_lane;
-  const auto row_at = [&](int i) {
-    return (int64_t{i / groups} * gridDim.x + blockIdx.x) * groups + i % groups;
-  };
-  for (int i = threadIdx.x; i < 2 * rows; i += sum_threads) {
-    const int64_t row = row_at(i / 2) + i % 2;
-    (i % 2 ? ends : begins)[i / 2] = static_cast<int>(find_row(args, min(row, args.vocabulary)));
+// A block has `chunk` sorted places, in which one row of more than a chunk starts at most.
+template <typename Out, int V>
+__global__ void __launch_bounds__(sum_threads) chunks_kernel(const Backward args) {
+  __shared__ Range places;
+  const int64_t at = int64_t{blockIdx.x} * chunk + threadIdx.x;
+  if (threadIdx.x == 0) places = {};
+  __syncthreads();
+  if (threadIdx.x < chunk && at + chunk < args.count) {
+    const uint32_t row = args.rows[at];
+    if (args.begins[at] == at && row < args.vocabulary && args.rows[at + chunk] == row) {
+      places = {at, keys_below(args.rows, args.count, row + 1)};
+    }
   }
   __syncthreads();
-  const int group = threadIdx.x / args.lanes;
-  if (group >= groups) return;
-  const int64_t first_col = (int64_t{blockIdx.y} * args.lanes + threadIdx.x % args.lanes) * V;
-  for (int i = group; i < rows; i += groups) {
-    const int64_t row = row_at(i);
-    if (row >= args.vocabulary) return;
-    for (int64_t col = first_col; col < args.hidden; col += int64_t{gridDim.y} * args.lanes * V) {
-      sum_row<T, Out, V>(args, row, begins[i], ends[i], col);
-    }
+  wait_for_previous_launch();  // by every block: what follows on the stream waits for this kernel
+  if (places.begin == places.end) return;
+  const int64_t row = args.rows[places.begin];
+  const Slice<V> columns(static_cast<int>(threadIdx.x), sum_threads);
+  for (int64_t col = columns.first; col < args.hidden; col += columns.step) {
+    const RowOfGradient<Out, V> to(args, row, col);
+    float sums[V] = {};
+    sum_chunks_of<V>(args, places, col, sums);
+    to.store(sums);
   }
 }
 
@@ -245,21 +240,21 @@ template <typename T, typename Out, int V>
 void launch_sum(Backward args, Stream stream) {
   const int64_t vectors = ceil_div(args.hidden, V);
   args.lanes = static_cast<int>(std::clamp<int64_t>(vectors, 1, sum_threads));
-  const int64_t rows = int64_t{sum_threads / args.lanes} * rows_per_lane;
-  const int64_t slices = std::min<int64_t>(ceil_div(vectors, sum_threads), 65535);
-  if (args.count > chunk) {
-    launch(chunk_kernel<T, V>,
-           {.grid = dim3(chunk_slots(args.count), slices),
-            .block = dim3(sum_threads),
-            .stream = stream},
-           args);
-  }
-  // A block searches its rows first: slices of the columns only where blocks are few.
-  const int64_t blocks = ceil_div(args.vocabulary, rows);
-  const int64_t wanted = ceil_div(16 * int64_t{stream.usable_sms()}, std::max<int64_t>(blocks, 1));
+  args.sum_blocks = ceil_div(args.count, int64_t{sum_threads / args.lanes} * window);
+  const int64_t zero_blocks = args.accumulate ? 0 : ceil_div(args.vocabulary, zero_rows);
+  const int64_t slices = std::clamp<int64_t>(ceil_div(vectors, sum_threads), 1, 65535);
+  const bool overlaps = stream.capability >= 90;
   launch(sum_kernel<T, Out, V>,
-         {.grid = dim3(blocks, std::min(slices, wanted)),
+         {.grid = dim3(args.sum_blocks + zero_blocks, slices),
           .block = dim3(sum_threads),
+          .overlap_previous = overlaps,
+          .stream = stream},
+         args);
+  if (args.count <= chunk) return;
+  launch(chunks_kernel<Out, V>,
+         {.grid = dim3(ceil_div(args.count, chunk), slices),
+          .block = dim3(sum_threads),
+          .overlap_previous = overlaps,
           .stream = stream},
          args);
 }
@@ -268,7 +263,8 @@ void launch_sum(Backward args, Stream stream) {
 
 int64_t embedding_workspace(int64_t tokens, int64_t vocabulary, int64_t hidden) {
   if (tokens == 0) return 0;
-  const size_t bytes = sort({}, nullptr, 0, {nullptr, false, tokens, vocabulary}, {});
+  const Tokens all = {nullptr, false, tokens, vocabulary};
+  const size_t bytes = runs_fit(all) ? 0 : radix_sort({}, nullptr, 0, all, {});
   return fixed_size(tokens, hidden) + ceil_div(static_cast<int64_t>(bytes), 4);
 }
 
@@ -281,8 +277,9 @@ void run(const EmbeddingBackward& embedding, Stream stream) {
   const Workspace at = workspace_of(embedding);
   const Backward args = {.y_grad = y_grad.data,
                          .weight_grad = weight_grad.data,
-                         .sorted_rows = at.sorted_rows,
-                         .order = at.sorted_order,
+                         .rows = at.rows,
+                         .order = at.order,
+                         .begins = at.begins,
                          .partial = at.partial,
                          .y_grad_stride = y_grad.strides[0],
                          .weight_grad_stride = weight_grad.strides[0],
@@ -290,6 +287,7 @@ void run(const EmbeddingBackward& embedding, Stream stream) {
                          .vocabulary = tokens.vocabulary,
                          .hidden = weight_grad.sizes[1],
                          .lanes = 1,
+                         .sum_blocks = 0,
                          .accumulate = embedding.accumulate};
   const bool aligned = is_aligned({&y_grad, &weight_grad});
   const bool wide = weight_grad.dtype == DType::float32;
