@@ -58,6 +58,8 @@ struct GatedActivationBackward {
   TensorView gate_grad;       // [rows, cols], out
   TensorView linear_grad;     // [rows, cols], out
   TensorView row_scale_grad;  // [rows], out, optional; row_scale's dtype
+  TensorView row_parts;       // [cuda::row_parts(...), rows] float32, workspace: CUDA's, where both
+                              // row_scale_grad and bias_grad are wanted
   ColumnSums bias_grad;       // [2 * cols], optional
   TensorView y;               // [rows, cols], out, optional: forward's once more, its bits
 };
@@ -75,5 +77,8 @@ void finish(const GatedActivationBackward&, Range cols);
 // CUDA. Backward includes the bias gradient.
 void run(const GatedActivationForward&, Stream);
 void run(const GatedActivationBackward&, Stream);
+namespace cuda {
+int64_t row_parts(DType dtype, int64_t cols);
+}
 
 }  // namespace redline

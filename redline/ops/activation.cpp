@@ -63,7 +63,8 @@ BackwardOutputs backward(const Tensor& y_grad, const Tensor& x, const OptionalTe
     return flat && t.defined() ? view_flat(t) : view_rows(t);
   };
   const TensorView x_view = viewed(x_rows);
-  const Tensor partial = column_partial(bias_grad, needs.bias, x_view.sizes[0]);
+  const Tensor partial =
+      column_partial(bias_grad, needs.bias, x_view, cuda::activation_column_blocks);
   const ActivationBackward args{.kind = activation,
                                 .y_grad = viewed(y_grad_rows),
                                 .x = x_view,

@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward(const Tensor& y_grad, const
   const bool flat = !needs_bias && y_grad_rows.is_contiguous();
   const auto viewed = [flat](const Tensor& t) { return flat ? view_flat(t) : view_rows(t); };
   const TensorView x_grad_view = viewed(x_grad);
-  const Tensor partial = column_partial(bias_grad, needs_bias, x_grad_view.sizes[0]);
+  const Tensor partial = column_partial(bias_grad, needs_bias, x_grad_view);
   const BiasDropoutAddBackward args{
       .y_grad = viewed(y_grad_rows),
       .rng_state = rng_state.numel() > 0 ? view(rng_state) : TensorView{},

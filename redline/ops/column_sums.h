@@ -7,19 +7,21 @@
 
 namespace redline::ops {
 
-inline int64_t column_chunks(const at::Tensor& like, int64_t rows, int64_t cols) {
+inline int64_t column_chunks(const at::Tensor& like, int64_t rows, int64_t cols,
+                             int64_t cuda_blocks) {
   if constexpr (with_cuda) {
-    if (like.is_cuda()) return cuda::column_chunks(rows, cols);
+    if (like.is_cuda()) return cuda::column_chunks(rows, cols, cuda_blocks);
   }
   return cpu::column_chunks(rows, cols);
 }
 
-// The workspace for a sum of `rows` rows into `total`; undefined where no sum is wanted.
-inline at::Tensor column_partial(const at::Tensor& total, bool wanted, int64_t rows) {
+// The workspace for a sum of the rows of a matrix into `total`, of one or more sums per column;
+// undefined where no sum is wanted. `cuda_blocks`: of the kernel, on a multiprocessor.
+inline at::Tensor column_partial(const at::Tensor& total, bool wanted, const TensorView& matrix,
+                                 int64_t cuda_blocks = cuda::column_blocks) {
   if (!wanted) return {};
-  const int64_t cols = total.numel();
-  return at::empty({column_chunks(total, rows, cols), cols},
-                   total.options().dtype(accumulation_type(total)));
+  const int64_t chunks = column_chunks(total, matrix.sizes[0], matrix.sizes[1], cuda_blocks);
+  return at::empty({chunks, total.numel()}, total.options().dtype(accumulation_type(total)));
 }
 
 inline ColumnSums column_sums(const at::Tensor& partial, const at::Tensor& total) {

@@ -111,6 +111,17 @@ struct Needs {
   bool bias, row_scale, y = false;
 };
 
+// CUDA's workspace for the sums over a row beside those over rows.
+Tensor row_parts(const Tensor& x, const TensorView& gate, Needs needs) {
+  if constexpr (with_cuda) {
+    if (x.is_cuda() && needs.bias && needs.row_scale) {
+      return at::empty({cuda::row_parts(gate.dtype, gate.sizes[1]), gate.sizes[0]},
+                       x.options().dtype(at::kFloat));
+    }
+  }
+  return {};
+}
+
 Gradients backward(const Tensor& y_grad, const Tensor& x, const OptionalTensor& linear,
                    const Options& options, Needs needs) {
   const GatedActivationKind kind = kind_from(options);
@@ -129,7 +140,8 @@ Gradients backward(const Tensor& y_grad, const Tensor& x, const OptionalTensor& 
   const OptionalTensor bias = contiguous(options.bias), row_scale = contiguous(options.row_scale);
   const auto [gate_view, linear_view] = halves(x_rows, linear_rows);
   const auto [gate_grad, linear_grad] = halves(out.x, linear ? out.linear : Tensor());
-  const Tensor partial = column_partial(out.bias, needs.bias, gate_view.sizes[0]);
+  const Tensor partial = column_partial(out.bias, needs.bias, gate_view);
+  const Tensor parts = row_parts(x, gate_view, needs);
   const GatedActivationBackward args{
       .activation = kind,
       .y_grad = view_rows(y_grad_rows),
@@ -141,6 +153,7 @@ Gradients backward(const Tensor& y_grad, const Tensor& x, const OptionalTensor& 
       .gate_grad = gate_grad,
       .linear_grad = linear_grad,
       .row_scale_grad = needs.row_scale ? view(out.row_scale.view({-1})) : TensorView{},
+      .row_parts = view(parts),
       .bias_grad = column_sums(partial, out.bias),
       .y = view_rows(out.y)};
   if (!needs.bias) {

@@ -4,8 +4,8 @@
 // gradient in registers. Bound by bytes; of the floor: bench/results.
 #include "redline/core/dispatch.h"
 #include "redline/kernels/activation.h"
+#include "redline/kernels/cuda/columns.cuh"
 #include "redline/kernels/cuda/device/nonlinearity.cuh"
-#include "redline/kernels/cuda/elements.cuh"
 
 namespace redline {
 namespace cuda {
@@ -51,7 +51,8 @@ struct Forward : Common {
 template <typename T, typename Function>
 struct Backward : Common {
   static constexpr int size = vector_size<T>, in_flight = 1;
-  static constexpr int sums = 1, rows_in_flight = 4;
+  static constexpr int sums = 1, blocks_per_sm = activation_column_blocks, pieces = 2, slots = 2;
+  static constexpr bool sums_rows = false;
   struct Input {
     Packed<T> x, y_grad;
   };
@@ -60,6 +61,16 @@ struct Backward : Common {
   template <bool Aligned>
   __device__ __forceinline__ Input load(const Place<Aligned>& at) const {
     return {cuda::load(x.row<const T>(at.row), at), cuda::load(y_grad.row<const T>(at.row), at)};
+  }
+  template <typename Ring, bool Aligned>
+  __device__ __forceinline__ void request(const Ring& ring, int slot,
+                                          const Place<Aligned>& at) const {
+    ring.template request<T>(slot, 0, x.row<const T>(at.row), at);
+    ring.template request<T>(slot, 1, y_grad.row<const T>(at.row), at);
+  }
+  template <typename Ring>
+  __device__ __forceinline__ Input receive(const Ring& ring, int slot) const {
+    return {ring.template read<T, size>(slot, 0), ring.template read<T, size>(slot, 1)};
   }
   template <bool Aligned>
   __device__ __forceinline__ void gradient(const Place<Aligned>& at, const Input& in,
@@ -81,12 +92,13 @@ struct Backward : Common {
     gradient(at, in, result);
   }
   template <bool Aligned>
-  __device__ __forceinline__ void run(const Place<Aligned>& at, const Input& in,
-                                      float (&totals)[sums][size]) const {
+  __device__ __forceinline__ float run(const Place<Aligned>& at, const Input& in,
+                                       float (&totals)[sums][size]) const {
     float result[size];
     gradient(at, in, result);
 #pragma unroll
     for (int i = 0; i < size; ++i) totals[0][i] += result[i];
+    return 0.0f;
   }
 };
 

@@ -10,7 +10,7 @@
 
 namespace redline::cuda {
 
-// `pieces` of 16 bytes per thread of at most Threads; `slots` rows at once: two or three. A slot is
+// `pieces` of 16 bytes per thread of at most Threads; `slots` rows at once: two to four. A slot is
 // named by its offset in bytes. Slots are taken in turn: `slots` rows are requested before the
 // first is received, then each as soon as the oldest of those received is done with. Pieces lie
 // Threads apart whatever the block has: their offsets are constants of the code.
@@ -49,6 +49,12 @@ class RowRing {
       }
     }
   }
+  // Of the row that starts at `row`.
+  template <typename S, int N = vector_size<S>, bool Aligned>
+  __device__ __forceinline__ void request(int slot, int k, const S* row,
+                                          const Place<Aligned>& at) const {
+    request<Aligned, S, N>(slot, k, row + at.col, at.end - at.col);
+  }
   // Ends the request of a row: every thread calls it once per row, with or without pieces.
   __device__ __forceinline__ void commit() const { __pipeline_commit(); }
 
@@ -56,8 +62,10 @@ class RowRing {
   __device__ __forceinline__ void receive() const {
     if (slots_ == 2) {
       __pipeline_wait_prior(0);
-    } else {
+    } else if (slots_ == 3) {
       __pipeline_wait_prior(1);
+    } else {
+      __pipeline_wait_prior(2);
     }
   }
 

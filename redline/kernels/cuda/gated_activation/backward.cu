@@ -1,8 +1,9 @@
 // gate_grad, linear_grad, row_scale_grad and bias_grad of gated_activation
 // (kernels/gated_activation.h). Without sums every thread has one vector of each input; with a
-// bias, blocks walk down the rows of a chunk; with a row scale, a warp or a block has a row. Both
-// sums at once take two passes. Bound by bytes; of the floor: bench/results.
-#include "redline/kernels/cuda/device/reduce.cuh"
+// bias, blocks walk down the rows of a chunk; with a row scale, a warp or a block has a row. With
+// both, a block of the walk writes its columns' part of each row's sum, and a last launch adds the
+// parts. Bound by bytes; of the floor: bench/results.
+#include "redline/kernels/cuda/columns.cuh"
 #include "redline/kernels/cuda/gated_activation/element.cuh"
 
 namespace redline {
@@ -12,7 +13,8 @@ namespace {
 template <typename T, typename Kind>
 struct Backward : Common {
   static constexpr int size = vector_size<T>, in_flight = 1;
-  static constexpr int sums = 2, rows_in_flight = 2;
+  static constexpr int sums = 2, blocks_per_sm = column_blocks, pieces = 3, slots = 2;
+  static constexpr bool sums_rows = true;
   struct Input {
     Packed<T> gate, linear, y_grad;
   };
@@ -22,11 +24,24 @@ struct Backward : Common {
     Packed<T> y;
   };
   Matrix y_grad, gate_grad, linear_grad, row_scale_grad, y;
+  float* parts;  // [blocks of 32 vectors, rows], or null
 
   template <bool Aligned>
   __device__ __forceinline__ Input load(const Place<Aligned>& at) const {
     return {cuda::load(gate.row<const T>(at.row), at), cuda::load(linear.row<const T>(at.row), at),
             cuda::load(y_grad.row<const T>(at.row), at)};
+  }
+  template <typename Ring, bool Aligned>
+  __device__ __forceinline__ void request(const Ring& ring, int slot,
+                                          const Place<Aligned>& at) const {
+    ring.template request<T>(slot, 0, gate.row<const T>(at.row), at);
+    ring.template request<T>(slot, 1, linear.row<const T>(at.row), at);
+    ring.template request<T>(slot, 2, y_grad.row<const T>(at.row), at);
+  }
+  template <typename Ring>
+  __device__ __forceinline__ Input receive(const Ring& ring, int slot) const {
+    return {ring.template read<T, size>(slot, 0), ring.template read<T, size>(slot, 1),
+            ring.template read<T, size>(slot, 2)};
   }
   template <bool Aligned>
   __device__ __forceinline__ Gradients compute(const Place<Aligned>& at, const Input& in) const {
@@ -61,8 +76,8 @@ struct Backward : Common {
     store_gradients(at, compute(at, in));
   }
   template <bool Aligned>
-  __device__ __forceinline__ void run(const Place<Aligned>& at, const Input& in,
-                                      float (&totals)[sums][size]) const {
+  __device__ __forceinline__ float run(const Place<Aligned>& at, const Input& in,
+                                       float (&totals)[sums][size]) const {
     const Gradients out = compute(at, in);
     store_gradients(at, out);
 #pragma unroll
@@ -70,6 +85,10 @@ struct Backward : Common {
       totals[0][i] += out.gate[i];
       totals[1][i] += out.linear[i];
     }
+    return out.row_scale;
+  }
+  __device__ __forceinline__ void store_part(int64_t row, float sum) const {
+    if (parts != nullptr) parts[blockIdx.x * extent.rows + row] = sum;
   }
   __device__ __forceinline__ void store_row_scale_grad(int64_t row, float value) const {
     if (row_scale_grad.is_float32) {
@@ -82,9 +101,9 @@ struct Backward : Common {
 
 constexpr int row_block = 256;
 
-// Threads share a row. `with_gradients` is false where the column kernel has stored them.
+// Threads share a row.
 template <typename Op, int Threads, bool Aligned>
-__global__ void __launch_bounds__(row_block) row_kernel(const Op op, bool with_gradients) {
+__global__ void __launch_bounds__(row_block) row_kernel(const Op op) {
   __shared__ float scratch[32];
   const int thread = threadIdx.x % Threads;
   const int64_t row = int64_t{blockIdx.x} * (row_block / Threads) + threadIdx.x / Threads;
@@ -97,7 +116,7 @@ __global__ void __launch_bounds__(row_block) row_kernel(const Op op, bool with_g
   for (; col < cols; col += step) {
     if (col + step < cols) next = op.load(Place<Aligned>{row, col + step, cols});
     const auto out = op.compute(Place<Aligned>{row, col, cols}, current);
-    if (with_gradients) op.store_gradients(Place<Aligned>{row, col, cols}, out);
+    op.store_gradients(Place<Aligned>{row, col, cols}, out);
     total[0] += out.row_scale;
     current = next;
   }
@@ -106,14 +125,14 @@ __global__ void __launch_bounds__(row_block) row_kernel(const Op op, bool with_g
 }
 
 template <typename Op>
-void launch_rows(const Op& op, bool with_gradients, bool aligned, Stream stream) {
+void launch_rows(const Op& op, bool aligned, Stream stream) {
   const auto launch_shared = [&]<int Threads>() {
     visit_bool(aligned, [&]<bool Aligned>() {
       launch(row_kernel<Op, Threads, Aligned>,
              {.grid = dim3(ceil_div(op.extent.rows, row_block / Threads)),
               .block = dim3(row_block),
               .stream = stream},
-             op, with_gradients);
+             op);
     });
   };
   if (op.extent.vectors <= 128) {
@@ -123,7 +142,32 @@ void launch_rows(const Op& op, bool with_gradients, bool aligned, Stream stream)
   }
 }
 
+// Adds a row's parts in order. The launch before it wrote them.
+template <typename Op>
+__global__ void __launch_bounds__(row_block) parts_kernel(const Op op, int count) {
+  const int64_t row = int64_t{blockIdx.x} * row_block + threadIdx.x;
+  if (row >= op.extent.rows) return;
+  float total = 0.0f;
+#pragma unroll 8
+  for (int k = 0; k < count; ++k) total += op.parts[k * op.extent.rows + row];
+  op.store_row_scale_grad(row, total);
+}
+
+template <typename Op>
+void launch_parts(const Op& op, Stream stream) {
+  launch(parts_kernel<Op>,
+         {.grid = dim3(ceil_div(op.extent.rows, row_block)),
+          .block = dim3(row_block),
+          .stream = stream},
+         op, static_cast<int>(ceil_div(op.extent.vectors, 32)));
+}
+
 }  // namespace
+
+int64_t row_parts(DType dtype, int64_t cols) {
+  return ceil_div(cols, 32 * (16 / element_bytes(dtype)));
+}
+
 }  // namespace cuda
 
 void run(const GatedActivationBackward& args, Stream stream) {
@@ -133,12 +177,14 @@ void run(const GatedActivationBackward& args, Stream stream) {
   visit_kind(args.activation.kind, args.gate.dtype, [&]<typename T, typename Kind>() {
     const Backward<T, Kind> op{common(args, vector_size<T>),       matrix(args.y_grad, false),
                                matrix(args.gate_grad, false),      matrix(args.linear_grad, false),
-                               matrix(args.row_scale_grad, false), matrix(args.y, false)};
-    const bool with_bias = static_cast<bool>(args.bias_grad.total);
-    if (with_bias) launch_columns(op, args.bias_grad, aligned, stream);
-    if (args.row_scale_grad) {
-      launch_rows(op, !with_bias, aligned, stream);
-    } else if (!with_bias) {
+                               matrix(args.row_scale_grad, false), matrix(args.y, false),
+                               args.row_parts.as<float>()};
+    if (args.bias_grad.total) {
+      launch_columns(op, args.bias_grad, aligned, stream);
+      if (args.row_scale_grad) launch_parts(op, stream);
+    } else if (args.row_scale_grad) {
+      launch_rows(op, aligned, stream);
+    } else {
       launch_elements(op, aligned, stream);
     }
   });
