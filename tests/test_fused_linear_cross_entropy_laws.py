@@ -213,10 +213,12 @@ def padded(count):
     return -(-count // 128) * 128
 
 
-def chunk_of(count, width, size, device):
-    """docs/memory.md's c(n, w)."""
+def chunk_of(count, width, size, device, third=False):
+    """docs/memory.md's c(n, w), or d(n, w)."""
+    third = third and device != "cpu"
+    parts, most = (3, 3 * 2**28) if third else (4, 2**29)
     least = (16 if device == "cpu" else 64) * 2**20
-    lines = max(1, min(max(count * width * size // 4, least), 2**29) // (width * size))
+    lines = max(1, min(max(count * width * size // parts, least), most) // (width * size))
     chunk = -(-count // -(-count // lines))
     return chunk if chunk < 128 else min(count, padded(chunk), lines // 128 * 128)
 
@@ -224,7 +226,7 @@ def chunk_of(count, width, size, device):
 def expected_bytes(case, size, device, promised):
     """(kept, at most beside the gradients) without a bias."""
     tokens, hidden, vocabulary = case
-    buffer = chunk_of(tokens, vocabulary, size, device) * padded(vocabulary) * size
+    buffer = chunk_of(tokens, vocabulary, size, device, promised) * padded(vocabulary) * size
     statistics = 12 * tokens + 4
     if promised:
         return 4 * vocabulary * hidden + size * tokens * hidden, buffer + statistics
