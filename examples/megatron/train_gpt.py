@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 import redline.megatron
 
@@ -32,7 +33,8 @@ from megatron.core.transformer import TransformerConfig
 from redline.dyno import text
 from redline.optim import AdamW, clip_grad_norm
 
-WARM_UP = 3
+WARM_UP = 3  # steps before the clock counts
+RISE = 10  # steps in which the learning rate rises: Adam's first ones overshoot without
 # Of the local spec's names, those that the other has for the same tensors.
 SHARED_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -124,6 +126,7 @@ def copy_weights(tensors, model):
 def train(model, batches, args):
     on_gpu = args.device == "cuda"
     optimizer = AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.1, master=True)
+    rising = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / RISE))
     position = torch.arange(args.sequence, device=args.device).expand(args.batch, -1)
     mask = torch.ones(1, 1, args.sequence, args.sequence, dtype=torch.bool, device=args.device)
     mask = mask.triu(1)
@@ -139,6 +142,7 @@ def train(model, batches, args):
         loss.backward()
         clip_grad_norm(model.parameters(), 1.0, optimizer)
         optimizer.step()
+        rising.step()
         result.losses.append(loss.detach())
     result.seconds = now(on_gpu) - began
     result.losses = torch.stack(result.losses).tolist()
