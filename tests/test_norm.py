@@ -96,6 +96,33 @@ def test_residual_has_the_bits_of_norm_of_the_sum(norm, case, dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("cols", [1, 128, 255, 1016, 4097, 8184, 16384, 140000])
+@pytest.mark.parametrize("norm", NORMS)
+def test_backward_rebuilds_the_output(norm, cols, dtype, device):
+    """forward's y out of backward's kernel, with its bits, beside gradients with theirs."""
+    inner = torch.ops.redline
+    for aligned in (True, False):
+        x, y_grad, sum_grad = (
+            randn(5, cols + 1, dtype=dtype, device=device, seed=seed)[:, 1:] for seed in (1, 2, 3)
+        )
+        if aligned:
+            x, y_grad, sum_grad = (tensor.contiguous() for tensor in (x, y_grad, sum_grad))
+        weight, bias = (*parameters(norm, cols, torch.float32, device), None)[:2]
+        if norm == "rms_norm":
+            y, _, inverse = inner.rms_norm_forward(x, None, weight, 1e-5, True, None)
+            given, mean = (y_grad, x, weight, inverse, sum_grad, True, None, True), None
+        else:
+            y, _, mean, inverse = inner.layer_norm_forward(x, None, weight, bias, 1e-5, True, None)
+            given = (y_grad, x, weight, bias, mean, inverse, sum_grad, True, None, True, True)
+        expected = getattr(inner, f"{norm}_backward")(*given)
+        *grads, again = inner.norm_backward_rebuild(
+            y_grad, x, weight, bias, mean, inverse, sum_grad, True, True, norm == "layer_norm"
+        )
+        contract.equal_bits([*grads[: len(expected)], again], [*expected, y])
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("norm", NORMS)
 def test_mixed_dtypes(norm, device):
     """bf16 x with float32 parameters, and a float32 residual under bf16 x."""

@@ -343,6 +343,11 @@ def test_opcheck(device):
     rebuild = torch.ops.redline.norm_rebuild.default
     args = (x.detach(), None, None, statistics, statistics, False, torch.bfloat16)
     contract.passes_opcheck(rebuild, args, inner=True)
+    both = torch.ops.redline.norm_backward_rebuild.default
+    x = x.detach()
+    weight = x[0, 0].clone()
+    args = (x.clone(), x, weight, weight, statistics, statistics, x.clone(), True, True, True)
+    contract.passes_opcheck(both, args, inner=True)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -375,8 +380,8 @@ def test_a_compiled_backward_rebuilds(device):
     y = compiled(**leaves_to(leaves))
     with contract.seen_calls(calls):
         y.sum().backward()
-    assert calls.count("redline::norm_rebuild") == 1
-    assert calls.count("redline::rms_norm_forward") == 0
+    assert calls.count("redline::norm_backward_rebuild") == 1
+    assert calls.count("redline::rms_norm_forward") == calls.count("redline::norm_rebuild") == 0
 
 
 def test_captures(device):

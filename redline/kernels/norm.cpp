@@ -55,6 +55,11 @@ void check(const NormBackward& args) {
   if (args.sum_grad) check_matrix(op, "sum_grad", args.sum_grad, x, x.dtype);
   check_row_count(op, args.row_count);
   check_matrix(op, "x_grad", args.x_grad, x, x.dtype);
+  check_parameter(op, "bias", args.bias, x.sizes[1], args.y_grad.dtype);
+  if (args.y) {
+    check_matrix(op, "y", args.y, x, args.y_grad.dtype);
+    REDLINE_CHECK(!args.row_count, op, ": y: expected none beside a row_count");
+  }
   if (args.weight_grad) check_vector(op, "weight_grad", args.weight_grad, x.sizes[1]);
   if (args.bias_grad) check_vector(op, "bias_grad", args.bias_grad, x.sizes[1]);
 }

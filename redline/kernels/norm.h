@@ -48,6 +48,9 @@ struct NormBackward {
   TensorView sum_grad;        // [rows, cols], optional, x's dtype
   TensorView row_count;       // [] int64, optional
   TensorView x_grad;          // [rows, cols], out
+  TensorView bias;            // [cols], optional, layer alone: for y
+  TensorView y;               // [rows, cols], out, optional: forward's once more, its bits, of
+                              // y_grad's dtype; without a row_count
   TensorView weight_partial;  // [chunks, cols] accumulation dtype, workspace; with weight_grad
   TensorView bias_partial;    // [chunks, cols] accumulation dtype, workspace; with bias_grad
   TensorView weight_grad;     // [cols], out, optional

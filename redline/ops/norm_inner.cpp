@@ -86,9 +86,13 @@ NormGradients backward(const Tensor& y_grad, const Tensor& x, const NormBackward
   out.x = at::empty_like(x, at::MemoryFormat::Contiguous);
   out.weight = empty_gradient(op, "weight", in.weight, in.needs_weight, x);
   out.bias = empty_gradient(op, "bias", in.bias, in.needs_bias, x);
+  if (in.needs_y) {
+    out.y = at::empty_like(x, x.options().dtype(y_grad.dtype()), at::MemoryFormat::Contiguous);
+  }
   if (x.is_meta()) return out;
   const Tensor x_rows = with_rows(x), y_grad_rows = with_rows(y_grad);
   const OptionalTensor weight = contiguous(in.weight), sum_grad = with_rows(in.sum_grad);
+  const OptionalTensor bias = in.needs_y ? contiguous(in.bias) : std::nullopt;
   const int64_t chunks = chunk_count(y_grad, view_rows(y_grad_rows));
   const Tensor weight_partial = partial_sums(x, chunks, in.needs_weight);
   const Tensor bias_partial = partial_sums(x, chunks, in.needs_bias);
@@ -101,6 +105,8 @@ NormGradients backward(const Tensor& y_grad, const Tensor& x, const NormBackward
                           .sum_grad = view_rows(sum_grad),
                           .row_count = view(in.row_count),
                           .x_grad = view_rows(out.x),
+                          .bias = view(bias),
+                          .y = view_rows(out.y),
                           .weight_partial = view(weight_partial),
                           .bias_partial = view(bias_partial),
                           .weight_grad = in.needs_weight ? view(out.weight) : TensorView{},
@@ -163,6 +169,26 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
   return {out.x, out.weight, out.bias};
 }
 
+// Of either norm, by the mean. The first three as the norms' own backward gives them.
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward_rebuild(
+    const Tensor& y_grad, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& mean, const Tensor& inverse_std, const OptionalTensor& sum_grad,
+    bool zero_centered, bool needs_weight, bool needs_bias) {
+  const NormGradients out = backward(y_grad, x,
+                                     {mean ? Norm::layer : Norm::rms,
+                                      value(mean),
+                                      inverse_std,
+                                      weight,
+                                      bias,
+                                      sum_grad,
+                                      {},
+                                      zero_centered,
+                                      needs_weight,
+                                      needs_bias,
+                                      true});
+  return {out.x, out.weight, out.bias, out.y};
+}
+
 Tensor rebuild(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                const OptionalTensor& mean, const Tensor& inverse_std, bool zero_centered,
                at::ScalarType dtype) {
@@ -197,6 +223,7 @@ void implement(torch::Library& m) {
   m.impl("layer_norm_forward", layer_norm_forward);
   m.impl("layer_norm_backward", layer_norm_backward);
   m.impl("norm_rebuild", rebuild);
+  m.impl("norm_backward_rebuild", norm_backward_rebuild);
 }
 
 }  // namespace
@@ -215,6 +242,14 @@ NormOutputs norm_forward(const Tensor& x, const NormInputs& in) {
 }
 
 NormGradients norm_backward(const Tensor& y_grad, const Tensor& x, const NormBackwardInputs& in) {
+  if (in.needs_y) {
+    static const auto op =
+        find_op<decltype(norm_backward_rebuild)>("redline::norm_backward_rebuild");
+    const auto [x_grad, weight_grad, bias_grad, y] =
+        op.call(y_grad, x, in.weight, in.bias, optional(in.mean), in.inverse_std, in.sum_grad,
+                in.zero_centered, in.needs_weight, in.needs_bias);
+    return {x_grad, weight_grad, bias_grad, y};
+  }
   if (in.norm == Norm::rms) {
     static const auto op = find_op<decltype(rms_norm_backward)>("redline::rms_norm_backward");
     const auto [x_grad, weight_grad] = op.call(y_grad, x, in.weight, in.inverse_std, in.sum_grad,
@@ -240,6 +275,10 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
       "norm_rebuild(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor inverse_std, "
       "bool zero_centered, ScalarType dtype) -> Tensor");
   m.def(
+      "norm_backward_rebuild(Tensor y_grad, Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, "
+      "Tensor inverse_std, Tensor? sum_grad, bool zero_centered, bool needs_weight, "
+      "bool needs_bias) -> (Tensor x_grad, Tensor weight_grad, Tensor bias_grad, Tensor y)");
+  m.def(
       "rms_norm_forward(Tensor x, Tensor? residual, Tensor? weight, float epsilon, "
       "bool zero_centered, Tensor? row_count) -> (Tensor y, Tensor sum, Tensor inverse_rms)");
   m.def(
@@ -259,7 +298,7 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
 
 const Registration registration({
     .inner_ops = {"rms_norm_forward", "rms_norm_backward", "layer_norm_forward",
-                  "layer_norm_backward", "norm_rebuild"},
+                  "layer_norm_backward", "norm_rebuild", "norm_backward_rebuild"},
     .inner = implement,
 });
 

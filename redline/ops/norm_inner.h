@@ -23,10 +23,12 @@ struct NormBackwardInputs {
   at::Tensor mean, inverse_std;
   std::optional<at::Tensor> weight, bias, sum_grad, row_count;
   bool zero_centered, needs_weight, needs_bias;
+  bool needs_y = false;
 };
 
 struct NormGradients {
   at::Tensor x, weight, bias;
+  at::Tensor y = {};  // forward's once more, its bits, of y_grad's dtype
 };
 
 NormOutputs norm_forward(const at::Tensor& x, const NormInputs& in);
@@ -37,6 +39,7 @@ at::Tensor norm_rebuild(const at::Tensor& x, const std::optional<at::Tensor>& we
                         const std::optional<at::Tensor>& bias, const NormOutputs& statistics,
                         bool zero_centered, at::ScalarType dtype);
 
+// A bias and needs_y: with the same kernel, one read of x for both.
 NormGradients norm_backward(const at::Tensor& y_grad, const at::Tensor& x,
                             const NormBackwardInputs& in);
 

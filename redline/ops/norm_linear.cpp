@@ -65,14 +65,7 @@ struct NormLinearFunction : public torch::autograd::Function<NormLinearFunction>
     const bool needs_bias = edges.next(ctx->saved_data["has_bias"].toBool());
     Tensor normalized_grad, weight_grad, bias_grad;
     if (y_grad.defined()) {
-      const Tensor rows = rows_of(y_grad);
-      if (needs_weight) {
-        const Tensor& normalized = saved[NormKept::count + 1];
-        weight_grad = product_weight_grad(
-            rows, rows_of(normalized.defined() ? normalized : norm.rebuild(kept)),
-            saved_weight_gradient(ctx, "weight"));
-      }
-      if (needs_bias) bias_grad = rows.sum(at::IntArrayRef{0});
+      if (needs_bias) bias_grad = rows_of(y_grad).sum(at::IntArrayRef{0});
       if (needs.any()) normalized_grad = product_input_grad(y_grad, weight);
     }
     if (ctx->saved_data["returns_normalized"].toBool() && grads.back().defined()) {
@@ -80,7 +73,15 @@ struct NormLinearFunction : public torch::autograd::Function<NormLinearFunction>
           normalized_grad.defined() ? normalized_grad + grads.back() : Tensor(grads.back());
     }
     const Tensor sum_grad = norm.has_residual() ? grads[1] : Tensor();
-    const NormPart::Gradients in = norm.backward(kept, normalized_grad, sum_grad, needs);
+    const Tensor& normalized = saved[NormKept::count + 1];
+    const bool multiplies = needs_weight && y_grad.defined();
+    const NormPart::Gradients in =
+        norm.backward(kept, normalized_grad, sum_grad, needs, multiplies && !normalized.defined());
+    if (multiplies) {
+      weight_grad = product_weight_grad(rows_of(y_grad),
+                                        rows_of(normalized.defined() ? normalized : in.normalized),
+                                        saved_weight_gradient(ctx, "weight"));
+    }
     return {in.x, in.residual, in.weight, in.bias, weight_grad, bias_grad, Tensor()};
   }
 };

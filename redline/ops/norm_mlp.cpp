@@ -116,11 +116,11 @@ struct NormMlpFunction : public torch::autograd::Function<NormMlpFunction> {
   // The normalised input's gradient, undefined where nothing before it wants one.
   struct Gradients {
     Tensor normalized, fc1_weight, fc1_bias, fc2_weight, fc2_bias;
+    Tensor up;  // where fc1's weight has a gradient, which needs the normalised input too
   };
 
   static Gradients products(AutogradContext* ctx, const Node& node, const variable_list& saved,
                             const Tensor& y_grad, const Needs& needs) {
-    const NormKept norm_kept = NormKept::from(saved);
     const Kept kept = Kept::from(saved);
     Gradients out;
     const Tensor rows = rows_of(y_grad);
@@ -143,12 +143,8 @@ struct NormMlpFunction : public torch::autograd::Function<NormMlpFunction> {
             product_weight_grad(rows, rows_of(activated), saved_weight_gradient(ctx, "fc2"));
       }
     }
-    if (needs.fc1_weight) {
-      const Tensor normalized = node.norm.rebuild(norm_kept);
-      out.fc1_weight = product_weight_grad(rows_of(up_grad), rows_of(normalized),
-                                           saved_weight_gradient(ctx, "fc1"));
-    }
     if (needs.norm.any()) out.normalized = product_input_grad(up_grad, kept.fc1_weight);
+    if (needs.fc1_weight) out.up = up_grad;
     return out;
   }
 
@@ -159,8 +155,12 @@ struct NormMlpFunction : public torch::autograd::Function<NormMlpFunction> {
     Gradients out;
     if (grads[0].defined()) out = products(ctx, node, saved, grads[0], needs);
     const Tensor sum_grad = node.norm.has_residual() ? grads[1] : Tensor();
-    const NormPart::Gradients in =
-        node.norm.backward(NormKept::from(saved), out.normalized, sum_grad, needs.norm);
+    const NormPart::Gradients in = node.norm.backward(NormKept::from(saved), out.normalized,
+                                                      sum_grad, needs.norm, out.up.defined());
+    if (out.up.defined()) {
+      out.fc1_weight = product_weight_grad(rows_of(out.up), rows_of(in.normalized),
+                                           saved_weight_gradient(ctx, "fc1"));
+    }
     return {in.x,         in.residual,    in.weight,    in.bias, out.fc1_weight,
             out.fc1_bias, out.fc2_weight, out.fc2_bias, Tensor()};
   }

@@ -119,11 +119,15 @@ NormPart::Needs NormPart::needs(Edges& edges) const {
 }
 
 NormPart::Gradients NormPart::backward(const NormKept& kept, const Tensor& normalized_grad,
-                                       const Tensor& sum_grad, const Needs& needs) const {
-  if (!needs.any()) return {};
-  if (!normalized_grad.defined()) {  // only the sum was used
-    if (!sum_grad.defined()) return {};
-    return {.x = in_dtype(sum_grad, x_dtype_), .residual = sum_grad};
+                                       const Tensor& sum_grad, const Needs& needs,
+                                       bool rebuilds) const {
+  if (!needs.any() || !normalized_grad.defined()) {
+    Gradients out = {.normalized = rebuilds ? rebuild(kept) : Tensor()};
+    if (needs.any() && sum_grad.defined()) {  // only the sum was used
+      out.x = in_dtype(sum_grad, x_dtype_);
+      out.residual = sum_grad;
+    }
+    return out;
   }
   const NormGradients out = norm_backward(normalized_grad, kept.source,
                                           {.norm = norm_,
@@ -135,11 +139,13 @@ NormPart::Gradients NormPart::backward(const NormKept& kept, const Tensor& norma
                                            .row_count = {},
                                            .zero_centered = zero_centered_,
                                            .needs_weight = needs.weight,
-                                           .needs_bias = needs.bias});
+                                           .needs_bias = needs.bias,
+                                           .needs_y = rebuilds});
   return {.x = needs.x ? in_dtype(out.x, x_dtype_) : Tensor(),
           .residual = needs.residual ? out.x : Tensor(),
           .weight = needs.weight ? out.weight : Tensor(),
-          .bias = needs.bias ? out.bias : Tensor()};
+          .bias = needs.bias ? out.bias : Tensor(),
+          .normalized = out.y};
 }
 
 }  // namespace redline::ops

@@ -74,9 +74,6 @@ class NormPart {
   // Whether one of forward's tensors wants a gradient; known in forward.
   bool trained() const { return trained_; }
 
-  // forward's `normalized`, its bits.
-  at::Tensor rebuild(const NormKept& kept) const;
-
   struct Needs {
     bool x, residual, weight, bias;
     bool any() const { return x || residual || weight || bias; }
@@ -85,14 +82,18 @@ class NormPart {
 
   struct Gradients {
     at::Tensor x = {}, residual = {}, weight = {}, bias = {};
+    at::Tensor normalized = {};  // forward's, its bits
   };
-  // Either of the two may be undefined.
+  // Either of the two may be undefined. With `rebuilds`, `normalized` comes out of the same kernel
+  // as the gradients, or is rebuilt alone where there are none.
   Gradients backward(const NormKept& kept, const at::Tensor& normalized_grad,
-                     const at::Tensor& sum_grad, const Needs& needs) const;
+                     const at::Tensor& sum_grad, const Needs& needs, bool rebuilds) const;
 
   bool has_residual() const { return has_residual_; }
 
  private:
+  at::Tensor rebuild(const NormKept& kept) const;
+
   Norm norm_;
   double epsilon_ = 0;  // forward's alone
   bool zero_centered_, has_residual_, has_weight_, has_bias_, trained_ = false;

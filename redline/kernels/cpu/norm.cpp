@@ -144,7 +144,7 @@ struct BackwardRow {
   const NormBackward& args;
   int64_t row;
   Affine<Acc>& affine;
-  Block<Acc> x_block, y_grad_block, sum_grad_block, x_grad_block;
+  Block<Acc> x_block, y_grad_block, sum_grad_block, x_grad_block, y_block;
   const Acc* x = nullptr;
   const Acc* y_grad = nullptr;
   int64_t held_col = -1;
@@ -234,14 +234,29 @@ void write_x_grad(BackwardRow<Acc>& at, RowMeans<Acc> means, Statistics<Acc> of)
   });
 }
 
+// As forward writes it.
+template <typename Acc>
+void write_y(BackwardRow<Acc>& at, Statistics<Acc> of) {
+  const TensorView& y = at.args.y;
+  for_blocks(y.sizes[1], [&](int64_t col, int count) {
+    at.read_block(col, count);
+    const int64_t offset = at.row * y.strides[0] + col;
+    Acc* out = begin_write(y.data, y.dtype, offset, at.y_block);
+    for_vectors<Acc>(count, [&](int i, int n) {
+      const Vector<Acc> normalized = (load(at.x + i, n) - of.mean) * of.inverse_std;
+      store_ahead(out + i, normalized * at.affine.scale(i, n) + at.affine.shift(i, n), n);
+    });
+    finish_write(y.data, y.dtype, offset, count, at.y_block);
+  });
+}
+
 template <typename Acc>
 void backward_rows(const NormBackward& args, int64_t chunk, Range rows) {
   const int64_t counted = counted_rows(args.row_count, args.x.sizes[0]);
-  const TensorView no_bias;
-  Affine<Acc> affine(args.weight, no_bias, args.zero_centered);
+  Affine<Acc> affine(args.weight, args.bias, args.zero_centered);
   Acc* weight_sums = begin_chunk<Acc>({args.weight_partial, args.weight_grad}, chunk);
   Acc* bias_sums = begin_chunk<Acc>({args.bias_partial, args.bias_grad}, chunk);
-  BackwardRow<Acc> at{args, 0, affine, {}, {}, {}, {}};
+  BackwardRow<Acc> at{args, 0, affine, {}, {}, {}, {}, {}};
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     if (row >= counted) {
       write_zeros(args.x_grad, row);
@@ -250,6 +265,7 @@ void backward_rows(const NormBackward& args, int64_t chunk, Range rows) {
     at.begin(row);
     const Statistics<Acc> of = statistics_of<Acc>(args, row);
     write_x_grad(at, accumulate_row(at, of, weight_sums, bias_sums), of);
+    if (args.y) write_y(at, of);
   }
 }
 

@@ -175,7 +175,8 @@ void launch_tile(Backward args, const Plan& plan, Stream stream) {
             .x = row_bytes<X>(args.x),
             .y_grad = row_bytes<typename Form::T>(args.y_grad),
             .sum_grad = has_sum_grad ? row_bytes<X>(args.sum_grad) : 0,
-            .x_grad = row_bytes<X>(args.x_grad)};
+            .x_grad = row_bytes<X>(args.x_grad),
+            .y = row_bytes<typename Form::T>(args.y)};
   const int slot_bytes = Ring::slot_bytes(layout.pieces);
   // Two rows at once for narrow ones, of which a block has many: more ran slower (H100, 1M x 128:
   // 0.93 of a copy, with three 0.90); three for wide ones (16384 x 4096: 0.89, with two 0.84).
@@ -183,7 +184,8 @@ void launch_tile(Backward args, const Plan& plan, Stream stream) {
   layout.ring_bytes = layout.slots * slot_bytes;
   // Float32 beside 16 bits with the residual's gradient outgrows sm_80.
   const bool wide = args.rows > INT32_MAX || args.x.stride >> 29 != 0 ||
-                    args.y_grad.stride >> 29 != 0 || args.sum_grad.stride >> 29 != 0;
+                    args.y_grad.stride >> 29 != 0 || args.sum_grad.stride >> 29 != 0 ||
+                    args.y.stride >> 29 != 0;
   if (wide || layout.ring_bytes + table > limit) return launch_long_backward<Form>(args, stream);
   launch(backward_kernel<Form, Tile>,
          {.grid = dim3(args.chunks * Tile::cluster),
@@ -242,8 +244,8 @@ int64_t norm_chunks(DType y_grad, int64_t rows, int64_t cols, int capability) {
 
 void run(const NormBackward& norm, Stream stream) {
   using namespace cuda;
-  const bool aligned =
-      is_aligned({&norm.x, &norm.y_grad, &norm.weight, &norm.sum_grad, &norm.x_grad});
+  const bool aligned = is_aligned(
+      {&norm.x, &norm.y_grad, &norm.weight, &norm.sum_grad, &norm.x_grad, &norm.bias, &norm.y});
   const TensorView& partial = norm.weight_partial ? norm.weight_partial : norm.bias_partial;
   const int64_t chunks =
       partial ? partial.sizes[0]
@@ -252,6 +254,8 @@ void run(const NormBackward& norm, Stream stream) {
                          matrix(norm.y_grad),
                          matrix(norm.sum_grad),
                          matrix(norm.x_grad),
+                         matrix(norm.bias),
+                         matrix(norm.y),
                          norm.weight_partial.as<float>(),
                          norm.bias_partial.as<float>(),
                          chunks,

@@ -66,8 +66,8 @@ __device__ __forceinline__ void store_vectors_of(const Forward& args, int64_t ro
 #pragma unroll
   for (int k = 0; k < Group * N; ++k) {
     const float x = in.value(first + k / N, k % N) - (Layer ? found.mean : 0.0f);
-    y[k / N][k % N] = x * found.inverse_std * by.weight[k / N][k % N];
-    if constexpr (Layer) y[k / N][k % N] += by.bias[k / N][k % N];
+    const float normalized = x * found.inverse_std, weight = by.weight[k / N][k % N];
+    y[k / N][k % N] = Layer ? fmaf(normalized, weight, by.bias[k / N][k % N]) : normalized * weight;
   }
   store_vectors(row_at<T>(args.y, row), at.from(first), y);
 }

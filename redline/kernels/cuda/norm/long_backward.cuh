@@ -73,6 +73,15 @@ __global__ void __launch_bounds__(Threads) long_x_grad_kernel(const Backward arg
       if (args.sum_grad.data != nullptr) out[0][i] += element(sum_grad[0], i);
     }
     store_vectors(row_at<X>(args.x_grad, row), at(col), out);
+    if (args.y.data == nullptr) continue;
+    float bias[1][N] = {};
+    if constexpr (Layer) load_bias<T>(args, at(col), bias);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float normalized = terms.normalized[i], w = terms.weight[0][i];
+      out[0][i] = Layer ? fmaf(normalized, w, bias[0][i]) : normalized * w;
+    }
+    store_vectors(row_at<T>(args.y, row), at(col), out);
   }
 }
 

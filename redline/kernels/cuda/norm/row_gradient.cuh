@@ -13,17 +13,33 @@ struct Layout {
   int pieces;           // of 16 bytes, per thread and row
   int ring_bytes;       // of all groups
   // From row to row, in bytes: one multiplication of 32 bits gives an address.
-  uint32_t x, y_grad, sum_grad, x_grad;
+  uint32_t x, y_grad, sum_grad, x_grad, y;
 };
 
 struct Backward : Common {
-  Matrix y_grad, sum_grad, x_grad;
+  Matrix y_grad, sum_grad, x_grad, bias, y;  // bias: y's alone
   float* weight_partial;
   float* bias_partial;
   int64_t chunks;
   float inverse_cols;
   Layout layout;
 };
+
+// The bias of one vector; `bias` is left as it is where there is none.
+template <typename T, bool Aligned>
+__device__ __forceinline__ void load_bias(const Backward& args, Columns<Aligned> at,
+                                          float (&bias)[1][vector_size<T>]) {
+  if (args.bias.data == nullptr) return;
+  take_vectors<T>(row_of(args.bias, 0), at, bias,
+                  [](float& value, float loaded) { value = loaded; });
+}
+
+template <typename T>
+__device__ __forceinline__ float bias_at(const Backward& args, int col) {
+  if (args.bias.data == nullptr) return 0.0f;
+  return args.bias.is_float32 ? static_cast<const float*>(args.bias.data)[col]
+                              : to_float(static_cast<const T*>(args.bias.data)[col]);
+}
 
 struct RowStatistics {
   float mean, inverse_std;

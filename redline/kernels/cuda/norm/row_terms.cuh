@@ -146,6 +146,29 @@ struct RowTerms {
       for (int i = 0; i < N; ++i) out[0][i] += element(sum_grad, i);
     }
     store_vectors(at_row<X>(args.x_grad, row, args.layout.x_grad, 0), at, out);
+    if (args.y.data != nullptr) store_y(args, row, at);
+  }
+
+ private:
+  // With forward's bits: the same operations.
+  __device__ __forceinline__ void store_y(const Backward& args, uint32_t row,
+                                          Columns<Form::aligned> at) const {
+    const Loaded in = load();
+    T* to = at_row<T>(args.y, row, args.layout.y, 0);
+    const auto value = [&](int i, float w, float bias) {
+      return Layer ? fmaf(in.normalized(i), w, bias) : in.normalized(i) * w;
+    };
+    if constexpr (Form::aligned) {
+      float bias[1][N] = {}, out[1][N];
+      if constexpr (Layer) load_bias<T>(args, at, bias);
+      weight.each([&](int i, float w) { out[0][i] = value(i, w, bias[0][i]); });
+      store_vectors(to, at, out);
+    } else {  // one by one: sm_80 has no registers for more
+      weight.each([&](int i, float w) {
+        const int col = at.col + i;
+        if (col < at.cols) to[col] = from_float<T>(value(i, w, Layer ? bias_at<T>(args, col) : 0));
+      });
+    }
   }
 };
 
