@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from redline.dyno import (
     Options,
     addresses,
+    block,
     job,
     lap,
     measure,
@@ -70,6 +72,15 @@ def make_row(**changes):
     return row
 
 
+def make_block():
+    spans = [block.Span("aten::mm", 0.0, 30.0), block.Span("aten::mul", 40.0, 20.0)]
+    sides = {
+        "stock": block.Timeline([*spans, block.Span("aten::mm", 60.0, 40.0)], 2, 3000),
+        "tuned": block.Timeline(spans, 1, 1000),
+    }
+    return block.Block("1 x 8 x 16, ffn 44", "cpu", sides)
+
+
 @pytest.fixture
 def result(finished, corpus):
     return report.Result(
@@ -78,6 +89,7 @@ def result(finished, corpus):
         ceilings=Ceilings(1e10, 1e11, "float32"),
         rows=[make_row()],
         lap=finished,
+        block=make_block(),
         corpus=corpus,
         addresses=addresses.Addresses("DeprecationWarning: moved", True),
     )
@@ -230,12 +242,25 @@ def test_nan_born_in_backward_names_the_part(corpus):
         lap.run_lap(make_setup(), batches, lambda step: None, Poisoned)
 
 
+def test_model_flops_are_those_of_its_products(finished):
+    model, tokens = stock.GPT(SHAPE), torch.zeros(2, 16, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:  # torch's, which leaves out CPU attention
+        model(tokens, tokens).backward()
+    seen = SHAPE.sequence / 2  # keys by a query, in the mean
+    attention = 2 * 2 * 3 * SHAPE.layers * SHAPE.hidden * seen  # two products, thrice
+    flops = counter.get_total_flops() + SHAPE.tokens * attention
+    assert SHAPE.model_flops == flops
+    rate = finished.tokens_per_second("tuned") / SHAPE.tokens
+    expected = flops * rate / 1e11
+    assert finished.flop_utilisation("tuned", Ceilings(1e10, 1e11, "")) == pytest.approx(expected)
+
+
 # The report.
 
 
 def test_json_has_exactly_the_keys(result):
     found = json.loads(json.dumps(result.as_dict(), allow_nan=False))
-    assert set(found) == {"machine", "versions", "ceilings", "parts", "lap"}
+    assert set(found) == {"machine", "versions", "ceilings", "parts", "lap", "block"}
     assert set(found["parts"][0]) == {
         "name", "direction", "shape", "dtype", "stock_us", "compiled_us", "tuned_us", "spread",
         "stock_saved_bytes", "compiled_saved_bytes", "tuned_saved_bytes", "stock_error",
@@ -244,7 +269,21 @@ def test_json_has_exactly_the_keys(result):
     assert found["parts"][0]["compiled_us"] is None
     assert found["parts"][0]["of_redline"] == pytest.approx(100 / 205)
     assert set(found["lap"]) == {"stock", "tuned", "max_loss_difference", "bound"}
-    assert set(found["lap"]["tuned"]) == {"losses", "tokens_per_second", "peak_bytes"}
+    assert set(found["lap"]["tuned"]) == {
+        "losses", "tokens_per_second", "peak_bytes", "flop_utilisation",
+    }  # fmt: skip
+    assert found["block"] == {
+        "stock": {"time_us": 100.0, "kernels": 3, "saved_bytes": 3000},
+        "tuned": {"time_us": 60.0, "kernels": 2, "saved_bytes": 1000},
+    }
+
+
+def test_json_passes_its_checker(result, tmp_path):
+    (tmp_path / "dyno.json").write_text(json.dumps(result.as_dict()))
+    checker = Path(__file__).parents[1] / "tools" / "check_dyno.py"
+    command = [sys.executable, checker, tmp_path / "dyno.json", "--steps", "4"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout
 
 
 def test_page_is_self_contained_and_themed(result):
@@ -267,7 +306,7 @@ def test_files_appear_together_or_not_at_all(result, tmp_path):
         report.write(result, folder)
         assert [p.name for p in out.iterdir()] == [folder.name]
     names = {p.name for p in out.iterdir()}
-    assert {"report.html", "dyno.json", "losses.png", "parts-dark.png"} <= names
+    assert {"report.html", "dyno.json", "losses.png", "parts-dark.png", "block.png"} <= names
     assert not any(name.startswith(".") for name in names)
 
 

@@ -259,8 +259,12 @@ def whole_report() -> dict:
         "stock_error": 1e-7, "compiled_error": None, "tuned_error": 1e-7, "of_redline": 0.8,
     }  # fmt: skip
     run = {"losses": [9.0, 8.0], "tokens_per_second": 1000.0, "peak_bytes": 10}
+    run["flop_utilisation"] = 0.5
     lap = {"stock": run, "tuned": dict(run), "max_loss_difference": 0.0, "bound": 1e-3}
-    return {"machine": {}, "versions": {}, "ceilings": {}, "parts": [part], "lap": lap}
+    block = {"time_us": 5.0, "kernels": 26, "saved_bytes": 1000}
+    block = {"stock": block, "tuned": dict(block)}
+    measured = {"parts": [part], "lap": lap, "block": block}
+    return {"machine": {}, "versions": {}, "ceilings": {}, **measured}
 
 
 def test_a_whole_report_passes(tmp_path):
@@ -292,6 +296,9 @@ def spoil(report: dict, path: str, value) -> dict:
         ("lap.tuned.losses", [1.0], "lap.tuned.losses: expected 2"),
         ("lap.tuned.losses", [1.0, float("nan")], "lap.tuned.losses: not finite"),
         ("lap.max_loss_difference", 1.0, "lap.max_loss_difference: expected at most"),
+        ("lap.stock.flop_utilisation", 0, "lap.stock.flop_utilisation: expected a number above 0"),
+        ("block.tuned.kernels", 0, "block.tuned.kernels: expected a number above 0, not 0"),
+        ("block.stock.time_us", None, "block.stock.time_us: expected a number above 0"),
     ],
 )
 def test_a_spoilt_report_is_found(tmp_path, path, value, complaint):

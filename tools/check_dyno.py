@@ -10,7 +10,7 @@ import math
 import sys
 from pathlib import Path
 
-tops = ("machine", "versions", "ceilings", "parts", "lap")
+tops = ("machine", "versions", "ceilings", "parts", "lap", "block")
 always = ("stock_us", "tuned_us")  # the other numbers of a part may be null: not measured
 sometimes = (
     "compiled_us",
@@ -43,7 +43,7 @@ def faults_of_part(where: str, part: dict) -> list[str]:
 
 
 def faults_of_run(where: str, run: dict, steps: int | None) -> list[str]:
-    names = ("losses", "tokens_per_second", "peak_bytes")
+    names = ("losses", "tokens_per_second", "peak_bytes", "flop_utilisation")
     faults = [f"{where}.{name}: missing" for name in names if name not in run]
     losses = run.get("losses", [])
     if steps is not None and len(losses) != steps:
@@ -70,6 +70,16 @@ def faults_of_lap(lap: dict, steps: int | None) -> list[str]:
     return faults
 
 
+def faults_of_block(block: dict) -> list[str]:
+    faults = []
+    for side in ("stock", "tuned"):
+        for name in ("time_us", "kernels", "saved_bytes"):
+            value = block.get(side, {}).get(name)
+            if not (is_number(value) and value > 0):
+                faults.append(f"block.{side}.{name}: expected a number above 0, not {value!r}")
+    return faults
+
+
 def check(path: Path, steps: int | None = None) -> list[str]:
     """What is wrong with a report, in words."""
     report = json.loads(path.read_text())
@@ -78,7 +88,8 @@ def check(path: Path, steps: int | None = None) -> list[str]:
         faults.append("parts: empty")
     for index, part in enumerate(report.get("parts", [])):
         faults += faults_of_part(f"parts[{index}]", part)
-    return faults + faults_of_lap(report.get("lap", {}), steps)
+    faults += faults_of_lap(report.get("lap", {}), steps)
+    return faults + faults_of_block(report.get("block", {}))
 
 
 if __name__ == "__main__":

@@ -203,6 +203,31 @@ def cross_entropy(setting: Setting) -> Case:
     )
 
 
+def fused_linear_cross_entropy(setting: Setting) -> Case:
+    tuned = op("fused_linear_cross_entropy")
+    tokens, hidden = setting.layer_batch * setting.layer_sequence, setting.layer_hidden
+    vocabulary = setting.vocabulary
+    flops = 2 * tokens * hidden * vocabulary
+
+    def inputs():
+        x, weight = _random(setting, tokens, hidden), _random(setting, vocabulary, hidden)
+        with torch.no_grad():
+            weight.mul_(hidden**-0.5)  # logits of a model's size
+        return x, weight, torch.randint(vocabulary, (tokens,), device=setting.device)
+
+    def stock(x, weight, targets):
+        return F.cross_entropy(full_precision(F.linear(x, weight)), targets)
+
+    return Case(
+        shape=f"{tokens} x {hidden} x {vocabulary}",
+        inputs=inputs,
+        stock=stock,
+        tuned=lambda x, weight, targets: tuned(x, weight, targets, loss_scale=1.0),
+        cost=Cost(forward_flops=flops, backward_flops=2 * flops),
+        weights=(1,),
+    )
+
+
 def embedding(setting: Setting) -> Case:
     tuned = op("embedding")
     rows, cols, vocabulary = setting.rows, setting.cols, setting.vocabulary
@@ -327,6 +352,7 @@ CATALOGUE = [
     Part("rotary", rotary, compiled=True),
     Part("qkv_rotary", qkv_rotary),
     Part("cross_entropy", cross_entropy, compiled=True),
+    Part("fused_linear_cross_entropy", fused_linear_cross_entropy),
     Part("bias_dropout_add", bias_dropout_add),
     Part("embedding", embedding),
     Part("softmax", softmax),

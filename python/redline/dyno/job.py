@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from . import DEVICES, DTYPES, Options, addresses, machine, report
+from .block import RUNS, measure_block
 from .catalogue import CATALOGUE
 from .lap import Setup, run_lap
 from .measure import DynoError
@@ -22,7 +23,7 @@ from .stock import Shape
 from .text import Batches, learn, read_text
 
 LEARNING_SEED = 0
-SHORT = {"forward": "fwd", "forward+backward": "fwd+bwd"}
+SHORT = {"forward": "fwd", "forward+backward": "both"}
 
 
 def choose(options: Options) -> tuple[torch.device, torch.dtype]:
@@ -103,6 +104,11 @@ def _measure(options: Options, target: tuple, allocator: str, progress: Progress
     lap_task = progress.add_task("the lap: stock and tuned", total=options.steps)
     lap = run_lap(setup, batches, lambda step: progress.update(lap_task, completed=step + 1))
 
+    setting = Setting.for_device(device, dtype)
+    block_task = progress.add_task("the block: stock and tuned", total=RUNS)
+    block = measure_block(setting, lambda: progress.advance(block_task))
+    progress.update(block_task, completed=RUNS)
+
     parts_task = progress.add_task("the parts", total=len(CATALOGUE))
 
     def on_part(part: str) -> None:
@@ -110,7 +116,6 @@ def _measure(options: Options, target: tuple, allocator: str, progress: Progress
         progress.advance(parts_task)
 
     ceilings = machine.measure_ceilings(device, dtype)
-    setting = Setting.for_device(device, dtype)
     rows = measure_parts(setting, options.compile_parts, on_part)
     ceilings = ceilings.raised_by(machine.measure_ceilings(device, dtype))
     for row in rows:
@@ -121,6 +126,7 @@ def _measure(options: Options, target: tuple, allocator: str, progress: Progress
         ceilings=ceilings,
         rows=rows,
         lap=lap,
+        block=block,
         corpus=corpus,
         addresses=addresses.compare(device, dtype),
     )
@@ -128,6 +134,7 @@ def _measure(options: Options, target: tuple, allocator: str, progress: Progress
 
 def _print(console: Console, result: report.Result, options: Options) -> None:
     console.print(_parts_table(result.rows))
+    console.print(_whole_table(result))
     answers = Table(box=None, show_header=False)
     for headline in report.headlines(result.lap):
         answers.add_row(headline.question, f"[bold]{headline.answer}[/]", headline.detail)
@@ -138,9 +145,9 @@ def _print(console: Console, result: report.Result, options: Options) -> None:
 def _parts_table(rows: list[Row]) -> Table:
     """A row per part and direction, 80 columns wide."""
     table = Table(title="parts: median milliseconds", title_justify="left",
-                  box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fmt: skip
+                  box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # fmt: skip
     table.add_column("part", no_wrap=True)
-    table.add_column("direction", no_wrap=True)
+    table.add_column("pass", no_wrap=True)
     for column in (*VARIANTS, "speedup", "of redline"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
@@ -150,8 +157,29 @@ def _parts_table(rows: list[Row]) -> Table:
             row.name,
             SHORT.get(row.direction, row.direction),
             *(_milliseconds(row.median_us(v)) for v in VARIANTS),
-            f"{speedup:.2f}x" if speedup else "disturbed" if row.disturbed else "–",
+            f"{speedup:.2f}x" if speedup else "busy" if row.disturbed else "–",
             f"{share:.0%}" if share else "–",
+        )
+    return table
+
+
+def _whole_table(result: report.Result) -> Table:
+    """The lap's training, and one block of it alone."""
+    table = Table(title="the lap, and one block forward and backward", title_justify="left",
+                  box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fmt: skip
+    table.add_column("")
+    unit = result.block.unit
+    for column in ("tokens/s", "peak MB", "of FLOP/s", "block ms", unit, "kept MB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for variant, side in result.block.sides.items():
+        table.add_row(
+            variant,
+            f"{result.lap.tokens_per_second(variant):,.0f}",
+            f"{result.lap.sides[variant].profile.peak_bytes / 1e6:,.0f}",
+            f"{result.lap.flop_utilisation(variant, result.ceilings):.0%}",
+            "busy" if result.block.disturbed else _milliseconds(side.time_us),
+            f"{len(side.spans)}",
+            f"{side.saved_bytes / 1e6:,.1f}",
         )
     return table
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import stock
 from .layer_parts import make_adamw
+from .machine import Ceilings
 from .measure import DynoError, Profiled, profiled, quiet_profiler
 from .part import Unavailable, tuned_name
 from .quiet import Watch
@@ -99,12 +100,19 @@ class Lap:
         peaks = [self.sides[v].profile.peak_bytes for v in ("tuned", "stock")]
         return peaks[0] / peaks[1] if peaks[1] else math.nan
 
-    def as_dict(self) -> dict:
+    def flop_utilisation(self, variant: str, ceilings: Ceilings) -> float:
+        """The model's operations per second, as a share of the machine's measured matrix rate."""
+        shape = self.setup.shape
+        flops_per_second = shape.model_flops / shape.tokens * self.tokens_per_second(variant)
+        return flops_per_second / ceilings.matmul_flops_per_second
+
+    def as_dict(self, ceilings: Ceilings) -> dict:
         described = {
             v: {
                 "losses": self.sides[v].losses,
                 "tokens_per_second": self.tokens_per_second(v),
                 "peak_bytes": self.sides[v].profile.peak_bytes,
+                "flop_utilisation": self.flop_utilisation(v, ceilings),
             }
             for v in VARIANTS
         }

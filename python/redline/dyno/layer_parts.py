@@ -78,6 +78,14 @@ def _attention_flops(shape: Shape) -> float:
     return products + 2 * shape.tokens * shape.sequence * shape.hidden
 
 
+def linear(setting: Setting) -> Case:
+    shape = _shape(setting)
+    stock = nn.Linear(shape.hidden, shape.ffn, bias=False)
+    tuned = tuned_name("layers", "Linear")(shape.hidden, shape.ffn, bias=False)
+    tuned.load_state_dict(stock.state_dict())
+    return _case(setting, stock, tuned, 2 * shape.tokens * shape.hidden * shape.ffn)
+
+
 def layer_norm_linear(setting: Setting) -> Case:
     shape = _shape(setting)
     norm = nn.RMSNorm(shape.hidden, eps=shape.epsilon)
@@ -118,6 +126,7 @@ def transformer_layer(setting: Setting) -> Case:
 
 
 LAYERS: dict[str, Callable[[Setting], Case]] = {
+    "Linear": linear,
     "LayerNormLinear": layer_norm_linear,
     "LayerNormMLP": layer_norm_mlp,
     "Attention": attention_layer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from .quiet import Watch
@@ -129,11 +131,14 @@ def relative_error(values: Iterable[Tensor], truths: Iterable[Tensor]) -> float:
     return worst
 
 
-GEMM = (
-    "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear",
-    "mkldnn::_linear_pointwise", "redline::gemm",
-)  # fmt: skip
-ATTENTION = ("_attention", "redline::attention")
+# Names of torch's and our ops, and of the kernels of cuBLAS, cuDNN and flash attention.
+ATTENTION = re.compile(r"attention|flash|fmha|sdpa")
+GEMM = re.compile(
+    r"^(aten::(mm|addmm|bmm|baddbmm|mkldnn_linear)|mkldnn::_linear_pointwise|redline::gemm\w*)$|"
+    r"nvjet|gemm|gemv|cutlass|splitk",
+    re.IGNORECASE,
+)
+KINDS = ("gemm", "attention", "rest")
 
 
 @dataclass
@@ -173,18 +178,21 @@ def _highest_sum(profiler: profile) -> int:
 
 
 def _shares(profiler: profile, cuda: bool) -> dict[str, float]:
-    totals = {"gemm": 0.0, "attention": 0.0, "rest": 0.0}
+    totals = dict.fromkeys(KINDS, 0.0)
     for event in profiler.key_averages():
-        spent = event.self_device_time_total if cuda else event.self_cpu_time_total
-        totals[_kind(event.key)] += spent
+        if not cuda:
+            totals[kind_of(event.key)] += event.self_cpu_time_total
+        elif event.device_type == DeviceType.CUDA:  # an op's time is that of its kernels
+            totals[kind_of(event.key)] += event.self_device_time_total
     whole = sum(totals.values()) or 1.0
     return {kind: spent / whole for kind, spent in totals.items()}
 
 
-def _kind(name: str) -> str:
-    if name in GEMM or name.startswith("redline::gemm"):
-        return "gemm"
-    return "attention" if any(word in name for word in ATTENTION) else "rest"
+def kind_of(name: str) -> str:
+    """gemm, attention or rest, of an op or of a kernel."""
+    if ATTENTION.search(name):
+        return "attention"
+    return "gemm" if GEMM.search(name) else "rest"
 
 
 @contextmanager

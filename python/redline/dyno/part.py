@@ -98,8 +98,9 @@ class Case:
 
     def living(self, call: Callable, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         """The tensors that live whether or not autograd keeps them."""
-        modules = list(call.parameters()) if isinstance(call, torch.nn.Module) else []
-        return modules + [inputs[i] for i in self.weights]
+        module = isinstance(call, torch.nn.Module)
+        owned = [*call.parameters(), *call.buffers()] if module else []
+        return owned + [inputs[i] for i in self.weights]
 
 
 @dataclass(frozen=True)

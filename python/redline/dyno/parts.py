@@ -20,7 +20,7 @@ from .measure import interleave, saved_bytes, spread
 from .part import Case, Part, Setting, Unavailable
 
 VARIANTS = ("stock", "compiled", "tuned")
-SECONDS = 0.5  # for the variants of one part in one direction
+SECONDS = 0.4  # for the variants of one part in one direction
 MAX_POOL_BYTES = 1 << 30
 
 

@@ -10,15 +10,19 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
+from .block import VARIANTS, Block
 from .lap import Lap
+from .measure import KINDS
 from .parts import Row
 
 # Each role has a colour of its own, so that the page can put a CSS variable in its place.
-ROLES = ("ink", "soft", "line", "stock", "compiled", "tuned", "ceiling")
+ROLES = ("ink", "soft", "line", "stock", "compiled", "tuned", "ceiling", *KINDS)
 LIGHT = dict(zip(ROLES, (
-    "#1a1c1e", "#62676c", "#dcdfe2", "#8a9097", "#b9a06a", "#0f766e", "#c8102e")))  # fmt: skip
+    "#1a1c1e", "#62676c", "#dcdfe2", "#8a9097", "#b9a06a", "#0f766e", "#c8102e",
+    "#475569", "#7c5c99", "#b45309"), strict=True))  # fmt: skip
 DARK = dict(zip(ROLES, (
-    "#eceef0", "#9aa1a8", "#33383d", "#79818a", "#a78f58", "#2dd4bf", "#ff5a67")))  # fmt: skip
+    "#eceef0", "#9aa1a8", "#33383d", "#79818a", "#a78f58", "#2dd4bf", "#ff5a67",
+    "#7f93ad", "#a986c9", "#e58a3a"), strict=True))  # fmt: skip
 WIDTH = 5.2  # inches: its text stays readable on a phone
 
 
@@ -105,6 +109,36 @@ def saved(rows: list[Row], colours: dict[str, str]) -> Figure:
     axes.grid(axis="x", linewidth=0.6)
     axes.tick_params(axis="y", length=0)
     axes.legend(loc="lower right")
+    return figure
+
+
+def block(found: Block, colours: dict[str, str]) -> Figure:
+    """What runs when in one block: a lane for stock above one for tuned, on one scale."""
+    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
+    axes = figure.subplots()
+    for lane, variant in enumerate(VARIANTS):
+        side = found.sides[variant]
+        for kind in KINDS:
+            bars = [(s.start_us / 1e3, s.time_us / 1e3) for s in side.spans if s.kind == kind]
+            axes.broken_barh(
+                bars,
+                (lane - 0.3, 0.6),
+                facecolor=colours[kind],
+                linewidth=0,
+                label=None if lane else f"the {kind}" if kind == "rest" else kind,
+            )
+        for x, what in ((side.forward_us, "forward"), (side.time_us, "backward")):
+            axes.plot((x / 1e3, x / 1e3), (lane - 0.42, lane + 0.42),
+                      color=colours["ink"], linewidth=1)  # fmt: skip
+            axes.annotate(f"{what} ends", (x / 1e3, lane - 0.42), (-2, 1), ha="right", fontsize=8,
+                          textcoords="offset points", color=colours["soft"])  # fmt: skip
+    axes.set_yticks(range(len(VARIANTS)), VARIANTS)
+    axes.set_ylim(len(VARIANTS) - 0.5, -0.72)
+    figure.legend(loc="outside upper center", ncols=len(KINDS), handlelength=1, handleheight=1)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("milliseconds")
+    axes.grid(axis="x", linewidth=0.6)
+    axes.tick_params(axis="y", length=0)
     return figure
 
 

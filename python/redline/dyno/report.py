@@ -15,6 +15,7 @@ import jinja2
 
 from . import plots
 from .addresses import Addresses
+from .block import Block
 from .lap import Lap
 from .machine import Ceilings
 from .measure import DynoError
@@ -29,6 +30,7 @@ class Result:
     ceilings: Ceilings
     rows: list[Row]
     lap: Lap
+    block: Block
     corpus: Corpus
     addresses: Addresses
 
@@ -38,7 +40,8 @@ class Result:
             "versions": self.versions,
             "ceilings": self.ceilings.as_dict(),
             "parts": [row.as_dict() for row in self.rows],
-            "lap": self.lap.as_dict(),
+            "lap": self.lap.as_dict(self.ceilings),
+            "block": self.block.as_dict(),
         }
 
 
@@ -82,6 +85,7 @@ def figures(result: Result) -> dict:
         "losses": partial(plots.losses, result.lap),
         "parts": partial(plots.parts, result.rows),
         "saved": partial(plots.saved, result.rows),
+        "block": partial(plots.block, result.block),
     }
 
 
@@ -109,6 +113,7 @@ def render(result: Result) -> str:
     return environment.get_template("report.html").render(
         result=result,
         lap=result.lap,
+        block=result.block,
         headlines=headlines(result.lap),
         svgs=svgs,
         variants=VARIANTS,

@@ -37,6 +37,19 @@ class Shape:
     def tokens(self) -> int:
         return self.sequence * self.batch
 
+    @property
+    def model_flops(self) -> float:
+        """Operations of one step that the model cannot do without, whoever computes it.
+
+        6 for each token and each weight that is in a product (the embedding is a lookup): 2 in
+        forward, 4 in backward. Attention's scores and their product with v are 12 x layers x hidden
+        x sequence a token; the causal mask leaves half of them. What is computed again is none.
+        """
+        widths = 2 * self.hidden + 2 * self.kv_heads * self.head_dim + 3 * self.ffn
+        weights = self.hidden * (self.layers * widths + self.vocabulary)
+        attention = 12 * self.layers * self.hidden * self.sequence / 2
+        return self.tokens * (6.0 * weights + attention)
+
 
 def rotary_tables(positions: int, dim: int, device=None) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 [positions, dim / 2], base 10000."""
