@@ -47,25 +47,40 @@ def packed(cos, sin, wide, heads, kv_heads):
     return {"redline": lambda qkv: ops.qkv_rotary(qkv, cos, sin, heads, kv_heads), "eager": eager}
 
 
+def split(cos, sin, wide, heads, kv_heads):
+    """From the packed form to q, k and v apart."""
+
+    def eager(qkv):
+        groups = qkv.unflatten(-1, (kv_heads, heads // kv_heads + 2, -1))
+        q, k, v = groups.split([heads // kv_heads, 1, 1], -2)
+        q, k = (rotate_half(x.flatten(2, 3), *wide) for x in (q, k))
+        return q, k, v.flatten(2, 3).contiguous()
+
+    call = ops.qkv_rotary_split
+    return {"redline": lambda qkv: call(qkv, cos, sin, heads, kv_heads), "eager": eager}
+
+
 def cases(device):
     dtype, label = (torch.bfloat16, "bf16") if device == "cuda" else (torch.float32, "f32")
 
-    def make(shapes, with_gradient):
-        count = 2 if with_gradient else 1
-        return tuple(torch.randn(size, device=device, dtype=dtype) for size in count * shapes)
+    def make(shapes, results, with_gradient):
+        drawn = [*shapes, *results] if with_gradient else shapes
+        return tuple(torch.randn(size, device=device, dtype=dtype) for size in drawn)
 
     for batch, seq, heads, kv_heads, dim in SIZES if device == "cuda" else SIZES_CPU:
         cos, sin = tables(seq, dim, device)
         wide = [torch.cat((table, table), -1)[:, None].to(dtype) for table in (cos, sin)]
         q, k = ((batch, seq, count, dim) for count in (heads, kv_heads))
         qkv = (batch, seq, (heads + 2 * kv_heads) * dim)
-        for name, shapes, calls in (
+        for name, shapes, results, calls in (
             (
                 "rotary q, k",
                 [q, k],
+                [q, k],
                 q_and_k(cos, sin, wide) | rivals.calls("rotary q, k", cos, sin),
             ),
-            ("qkv_rotary", [qkv], packed(cos, sin, wide, heads, kv_heads)),
+            ("qkv_rotary", [qkv], [qkv], packed(cos, sin, wide, heads, kv_heads)),
+            ("qkv_rotary_split", [qkv], [q, k, k], split(cos, sin, wide, heads, kv_heads)),
         ):
             calls["compile"] = torch.compile(calls["eager"], dynamic=False)
             size = 2 * sum(torch.Size(shape).numel() for shape in shapes) * dtype.itemsize
@@ -75,7 +90,7 @@ def cases(device):
                 shape=f"{batch} x {seq} x {heads} ({kv_heads}) x {dim}",
                 dtype=label,
                 bytes=(size, size),
-                make=functools.partial(make, shapes),
+                make=functools.partial(make, shapes, results),
                 calls={},
             )
-            yield from both_directions(sketch, calls, outputs=len(shapes))
+            yield from both_directions(sketch, calls, outputs=len(results))

@@ -22,6 +22,7 @@ add_library(
   redline/ops/norm_inner.cpp
   redline/ops/norm_part.cpp
   redline/ops/philox.cpp
+  redline/ops/rotary_run.cpp
   redline/ops/run.cpp)
 target_link_libraries(redline_ops PUBLIC redline_core torch_wheel PRIVATE redline_kernels)
 target_compile_definitions(redline_ops PRIVATE REDLINE_WITH_CUDA=$<BOOL:${REDLINE_OPS_CUDA}>

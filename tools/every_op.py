@@ -80,7 +80,8 @@ def products(a, b):
 def heads(dtype):
     cos, sin = draw(40, 16, dtype=torch.float32), draw(40, 16, dtype=torch.float32)
     both(lambda x: ops.rotary(x, cos, sin), draw(2, 33, 3, 64, dtype=dtype))
-    both(lambda x: ops.qkv_rotary(x, cos, sin, 4, 2), draw(2, 33, 8 * 32, dtype=dtype))
+    for op in (ops.qkv_rotary, ops.qkv_rotary_split):
+        both(lambda x, op=op: op(x, cos, sin, 4, 2), draw(2, 33, 8 * 32, dtype=dtype))
     weight, x = draw(24, 40, dtype=dtype), draw(7, 40, dtype=dtype)
     main_grad = torch.zeros(24, 40, device="cuda")
     both(lambda a, w: ops.linear(a, w, main_grad=main_grad), x, weight)

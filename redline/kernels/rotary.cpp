@@ -1,6 +1,7 @@
 #include "redline/kernels/rotary.h"
 
 #include <algorithm>
+#include <tuple>
 #include <utility>
 
 #include "redline/kernels/cpu/isa.h"
@@ -9,7 +10,30 @@
 namespace redline {
 namespace {
 
-const char* name(const Rotary& args) { return args.group_heads > 1 ? "qkv_rotary" : "rotary"; }
+const char* name(const Rotary& args) {
+  if (args.k) return "qkv_rotary_split";
+  return args.group_heads > 1 ? "qkv_rotary" : "rotary";
+}
+
+// q's, k's and v's heads against those of the whole.
+void check_apart(const char* op, const Rotary& args) {
+  const TensorView& all = whole(args);
+  const int64_t groups = all.sizes[2] / args.group_heads;
+  REDLINE_CHECK(args.group_heads > 2 && args.rotated_heads == args.group_heads - 1, op,
+                ": heads: expected groups of q heads, k and v, not of ", args.group_heads);
+  for (const auto& [tensor, part, heads] :
+       {std::tuple{"q", args.backward ? &args.x : &args.y, groups * (args.group_heads - 2)},
+        std::tuple{"k", &args.k, groups}, std::tuple{"v", &args.v, groups}}) {
+    REDLINE_CHECK(part->rank == 4 && part->dtype == all.dtype && part->sizes[0] == all.sizes[0] &&
+                      part->sizes[1] == all.sizes[1] && part->sizes[2] == heads &&
+                      part->sizes[3] == all.sizes[3],
+                  op, ": ", tensor, args.backward ? "_grad" : "", ": expected [", all.sizes[0],
+                  ", ", all.sizes[1], ", ", heads, ", ", all.sizes[3], "] ", all.dtype, ", not ",
+                  *part);
+    REDLINE_CHECK(part->strides[3] == 1 || part->sizes[3] <= 1 || part->numel() == 0, op, ": ",
+                  tensor, ": expected an adjacent head_dim, not a stride of ", part->strides[3]);
+  }
+}
 
 void check_tables(const char* op, const Rotary& args) {
   for (const auto& [tensor, table] : {std::pair{"cos", &args.cos}, std::pair{"sin", &args.sin}}) {
@@ -104,10 +128,15 @@ void check(const Rotary& args) {
                 ": x: expected [outer, inner, heads, head_dim] of a floating dtype, not ", x);
   REDLINE_CHECK(x.strides[3] == 1 || x.sizes[3] <= 1 || x.numel() == 0, op,
                 ": x: expected an adjacent head_dim, not a stride of ", x.strides[3]);
-  REDLINE_CHECK(y.rank == 4 && y.dtype == x.dtype && std::equal(x.sizes, x.sizes + 4, y.sizes), op,
-                ": y: expected ", x, ", not ", y);
-  REDLINE_CHECK(args.group_heads >= 1 && x.sizes[2] % args.group_heads == 0, op,
-                ": x: expected heads in groups of ", args.group_heads, ", not ", x.sizes[2]);
+  const int64_t heads = whole(args).sizes[2];
+  REDLINE_CHECK(args.group_heads >= 1 && heads % args.group_heads == 0, op,
+                ": x: expected heads in groups of ", args.group_heads, ", not ", heads);
+  if (args.k) {
+    check_apart(op, args);
+  } else {
+    REDLINE_CHECK(y.rank == 4 && y.dtype == x.dtype && std::equal(x.sizes, x.sizes + 4, y.sizes),
+                  op, ": y: expected ", x, ", not ", y);
+  }
   check_tables(op, args);
   if (args.positions) {
     check_index(op, "positions", args.positions);

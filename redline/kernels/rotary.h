@@ -17,18 +17,26 @@ namespace redline {
 // cu_seqlens are given, i less the last boundary at or before it; otherwise o or i. A token before
 // the first boundary or from the last one on belongs to no sequence and is copied.
 struct Rotary {
-  TensorView x;           // [outer, inner, heads, head_dim], head_dim adjacent, any other strides
-  TensorView cos;         // [positions, rotary_dim / 2] float32, contiguous
-  TensorView sin;         // [positions, rotary_dim / 2] float32, contiguous
-  TensorView positions;   // [outer, inner] int64 or int32, any strides, optional
-  TensorView cu_seqlens;  // [sequences + 1] int64 or int32, contiguous, optional; outer is 1
-  TensorView y;           // [outer, inner, heads, head_dim], out, x's dtype
+  TensorView x;         // [outer, inner, heads, head_dim], head_dim adjacent, any other strides
+  TensorView cos = {};  // [positions, rotary_dim / 2] float32, contiguous
+  TensorView sin = {};  // [positions, rotary_dim / 2] float32, contiguous
+  TensorView positions = {};   // [outer, inner] int64 or int32, any strides, optional
+  TensorView cu_seqlens = {};  // [sequences + 1] int64 or int32, contiguous, optional; outer is 1
+  TensorView y;                // [outer, inner, heads, head_dim], out, x's dtype
+  // Where they are given y (backward: x) has the q heads alone, and these have the last two heads
+  // of each group: [outer, inner, groups, head_dim] as x is (backward: inputs, else out).
+  TensorView k = {}, v = {};
   int sequence_axis = 1;  // the axis of x that counts positions: 0 or 1
   int64_t group_heads = 1;
   int64_t rotated_heads = 1;
   bool interleaved = false;
   bool backward = false;  // x holds the gradient of the output, y gets the input's
 };
+
+// The side that has every head.
+inline const TensorView& whole(const Rotary& args) {
+  return args.k && args.backward ? args.y : args.x;
+}
 
 // Throws Error where a shape or dtype does not fit.
 void check(const Rotary&);

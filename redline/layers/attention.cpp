@@ -62,9 +62,10 @@ AttentionImpl::Heads AttentionImpl::rotate(const Tensor& qkv, const Packing& pac
     return {.q = turn(q_norm(heads.q)), .k = turn(k_norm(heads.k)), .v = heads.v};
   }
   if (!tables_.cos.defined()) return split(qkv);
-  return split(ops::qkv_rotary(qkv, tables_.cos, tables_.sin, options.heads, options.kv_heads,
-                               packing.positions, /*interleaved=*/false, layout,
-                               packing.cu_seqlens));
+  const auto [q, k, v] = ops::qkv_rotary_split(qkv, tables_.cos, tables_.sin, options.heads,
+                                               options.kv_heads, packing.positions,
+                                               /*interleaved=*/false, layout, packing.cu_seqlens);
+  return {.q = q, .k = k, .v = v};
 }
 
 Tensor AttentionImpl::attend(const Tensor& qkv, const Packing& packing) {

@@ -24,4 +24,11 @@ at::Tensor qkv_rotary(const at::Tensor& qkv, const at::Tensor& cos, const at::Te
                       std::string_view layout = "bshd",
                       const std::optional<at::Tensor>& cu_seqlens = {});
 
+// The same, with q [..., heads, head_dim] and k and v [..., kv_heads, head_dim] written apart,
+// where attention reads them: nothing is copied in between, nor are their gradients in backward.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> qkv_rotary_split(
+    const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin, int64_t heads,
+    int64_t kv_heads, const std::optional<at::Tensor>& positions = {}, bool interleaved = false,
+    std::string_view layout = "bshd", const std::optional<at::Tensor>& cu_seqlens = {});
+
 }  // namespace redline::ops

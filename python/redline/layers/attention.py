@@ -102,7 +102,7 @@ class Attention(torch.nn.Module):
             return q, k, v
         if self.rotary is not None:
             cos, sin = self.rotary(qkv)
-            qkv = ops.qkv_rotary(qkv, cos, sin, self.heads, self.kv_heads, **where)
+            return ops.qkv_rotary_split(qkv, cos, sin, self.heads, self.kv_heads, **where)
         return self.split(qkv)
 
     def forward(self, x, residual=None, *, positions=None, cu_seqlens=None, max_seqlen=None):

@@ -16,7 +16,7 @@ from redline.ops.gradient_norm import clip_coefficient, gradient_norm, scale_gra
 from redline.ops.linear import WeightGradientQueue, linear
 from redline.ops.norm import layer_norm, residual_layer_norm, residual_rms_norm, rms_norm
 from redline.ops.norm_linear import norm_linear, norm_mlp
-from redline.ops.rotary import qkv_rotary, rotary
+from redline.ops.rotary import qkv_rotary, qkv_rotary_split, rotary
 from redline.ops.softmax import softmax
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "norm_linear",
     "norm_mlp",
     "qkv_rotary",
+    "qkv_rotary_split",
     "residual_layer_norm",
     "residual_rms_norm",
     "rms_norm",

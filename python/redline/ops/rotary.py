@@ -64,3 +64,29 @@ def qkv_rotary(
     return _ops.qkv_rotary(
         qkv, cos, sin, heads, kv_heads, positions, interleaved, layout, cu_seqlens=cu_seqlens
     )
+
+
+def qkv_rotary_split(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    kv_heads: int,
+    positions: Tensor | None = None,
+    interleaved: bool = False,
+    layout: str = "bshd",
+    *,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`qkv_rotary`, whose q, k and v are written apart, where attention reads them.
+
+    Returns q [..., heads, head_dim], and k and v [..., kv_heads, head_dim], contiguous. Backward
+    writes their gradients, of any strides, straight into that of qkv.
+
+    >>> q, k, v = qkv_rotary_split(torch.ones(1, 1, 8), torch.zeros(1, 1), torch.ones(1, 1), 2, 1)
+    >>> q.shape, k, v
+    (torch.Size([1, 1, 2, 2]), tensor([[[[-1.,  1.]]]]), tensor([[[[1., 1.]]]]))
+    """
+    return _ops.qkv_rotary_split(
+        qkv, cos, sin, heads, kv_heads, positions, interleaved, layout, cu_seqlens=cu_seqlens
+    )

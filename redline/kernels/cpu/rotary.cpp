@@ -67,25 +67,53 @@ REDLINE_INLINE void rotate_neighbours(const T* x, T* y, int pairs,
 }
 
 template <typename T>
+T* token_of(const TensorView& tensor, int64_t outer, int64_t inner) {
+  return tensor.as<T>() + outer * tensor.strides[0] + inner * tensor.strides[1];
+}
+
+// A token's heads on one side: of all, or q's with k's and v's apart.
+template <typename T>
+struct Heads {
+  T* data;
+  int64_t stride, per_group;
+  T *k = nullptr, *v = nullptr;
+  int64_t k_stride = 0, v_stride = 0;
+
+  Heads(const Rotary& args, const TensorView& side, int64_t outer, int64_t inner)
+      : data(token_of<T>(side, outer, inner)),
+        stride(side.strides[2]),
+        per_group(args.group_heads) {
+    if (!args.k || &side == &whole(args)) return;
+    per_group -= 2;
+    k = token_of<T>(args.k, outer, inner);
+    v = token_of<T>(args.v, outer, inner);
+    k_stride = args.k.strides[2];
+    v_stride = args.v.strides[2];
+  }
+
+  REDLINE_INLINE T* at(int64_t group, int64_t place) const {
+    if (k == nullptr || place < per_group) return data + (group * per_group + place) * stride;
+    return place == per_group ? k + group * k_stride : v + group * v_stride;
+  }
+};
+
+template <typename T>
 struct Token {
   const Rotary& args;
-  const T* x;
-  T* y;
+  Heads<const T> x;
+  Heads<T> y;
 
   Token(const Rotary& args, int64_t outer, int64_t inner)
-      : args(args),
-        x(args.x.as<const T>() + outer * args.x.strides[0] + inner * args.x.strides[1]),
-        y(args.y.as<T>() + outer * args.y.strides[0] + inner * args.y.strides[1]) {}
+      : args(args), x(args, args.x, outer, inner), y(args, args.y, outer, inner) {}
 
   // Calls body(x, y, rotated) for each head.
   template <typename Body>
   REDLINE_INLINE void for_heads(Body body) const {
-    const int64_t heads = args.x.sizes[2];
-    int64_t in_group = 0;
-    for (int64_t head = 0; head < heads; ++head) {
-      body(x + head * args.x.strides[2], y + head * args.y.strides[2],
-           in_group < args.rotated_heads);
-      in_group = in_group + 1 < args.group_heads ? in_group + 1 : 0;
+    const int64_t groups = whole(args).sizes[2] / args.group_heads;
+    for (int64_t group = 0; group < groups; ++group) {
+      for (int64_t place = 0; place < args.group_heads; ++place) {
+        body(x.at(group, place), y.at(group, place), place < args.rotated_heads);
+      }
     }
   }
 };

@@ -39,7 +39,7 @@ struct Split {
 };
 
 struct Args {
-  Heads x, y;
+  Heads x, y, k, v;
   const float *cos, *sin;
   int64_t cos_stride, sin_stride, table_rows;
   Index positions, cu_seqlens;
@@ -48,7 +48,7 @@ struct Args {
   Divisor per_column;       // by `columns`, where the tokens are fewer than 2^31
   int heads, head_dim, pairs;
   Divisor per_group;  // by the heads of a group
-  int rotated_heads;
+  int group_heads, rotated_heads;
   bool all_turn;      // every head of a group
   bool outer_counts;  // the sequence is the outer axis
   float direction;    // -1 in backward
@@ -169,6 +169,20 @@ __device__ __forceinline__ T* address(const Heads& heads, Token token) {
          token.inner * heads.inner_stride;
 }
 
+// A head of a side: in the place of its number, or, where q, k and v lie apart, in its part.
+template <bool IsApart, typename T>
+__device__ __forceinline__ T* head_address(const Args& args, const Heads& side, Token token,
+                                           int head) {
+  if constexpr (!IsApart) return address<T>(side, token) + head * side.head_stride;
+  const int group = args.per_group.quotient(head), place = args.per_group.remainder(head);
+  const int queries = args.group_heads - 2;
+  if (place < queries) {
+    return address<T>(side, token) + (group * queries + place) * side.head_stride;
+  }
+  if (place == queries) return address<T>(args.k, token) + group * args.k.head_stride;
+  return address<T>(args.v, token) + group * args.v.head_stride;
+}
+
 // Heads pass by once: streaming accesses leave the caches to the tables.
 template <typename Vector, typename T>
 __device__ __forceinline__ Vector load_once(const T* from) {
@@ -189,7 +203,10 @@ __device__ __forceinline__ void store_once(T* to, const Vector& value) {
   }
 }
 
-template <typename T, int V, bool Interleaved>
+// Which side has q, k and v apart.
+enum class Apart { none, x, y };
+
+template <typename T, int V, bool Interleaved, Apart Which>
 __global__ void __launch_bounds__(threads) rotary_kernel(const Args args) {
   using Vector = Packed<T, V>;
   const Split& split = args.split;
@@ -199,8 +216,6 @@ __global__ void __launch_bounds__(threads) rotary_kernel(const Args args) {
   const Token token = token_at(args, index);
   const Chunk at = chunk_at<V, Interleaved>(args, chunk);
   const bool has_second = at.second < args.head_dim;
-  const T* x = address<const T>(args.x, token);
-  T* y = address<T>(args.y, token);
 
   Angles<V> angles = {};
   bool turns = chunk < split.pair_chunks;
@@ -209,8 +224,9 @@ __global__ void __launch_bounds__(threads) rotary_kernel(const Args args) {
     Vector a[heads_per_thread], b[heads_per_thread];  // b: where there is a second
 #pragma unroll
     for (int k = 0; k < heads_per_thread; ++k) {
-      const T* from = x + (head + k * step) * args.x.head_stride;
       if (head + k * step < args.heads) {
+        const T* from =
+            head_address<Which == Apart::x, const T>(args, args.x, token, head + k * step);
         a[k] = load_once<Vector>(from + at.first);
         if (has_second) b[k] = load_once<Vector>(from + at.second);
       }
@@ -224,7 +240,7 @@ __global__ void __launch_bounds__(threads) rotary_kernel(const Args args) {
 #pragma unroll
     for (int k = 0; k < heads_per_thread; ++k) {
       if (head + k * step >= args.heads) break;
-      T* to = y + (head + k * step) * args.y.head_stride;
+      T* to = head_address<Which == Apart::y, T>(args, args.y, token, head + k * step);
       const bool turned = turns && head_turns(args, head + k * step);
       if (turned) turn<T, V, Interleaved>(a[k], b[k], angles);
       store_once(to + at.first, a[k]);
@@ -251,11 +267,11 @@ Split split_of(const Args& args, int vector) {
           .block = dim3(chunk_lanes, head_lanes, token_lanes)};
 }
 
-template <typename T, int V, bool Interleaved>
+template <typename T, int V, bool Interleaved, Apart Which>
 void launch_rotary(Args args, Stream stream) {
   args.split = split_of(args, V);
   const Split& split = args.split;
-  launch(rotary_kernel<T, V, Interleaved>,
+  launch(rotary_kernel<T, V, Interleaved, Which>,
          {.grid = dim3(ceil_div(args.tokens, split.block.z), ceil_div(split.chunks, split.block.x)),
           .block = split.block,
           .stream = stream},
@@ -263,11 +279,13 @@ void launch_rotary(Args args, Stream stream) {
 }
 
 Args args_of(const Rotary& rotary) {
-  const TensorView& x = rotary.x;
+  const TensorView& x = whole(rotary);
   REDLINE_CHECK(x.sizes[2] < INT32_MAX / 2 && x.sizes[3] < INT32_MAX / 2,
                 "rotary: x: expected fewer than 2^30 heads and elements of a head, not ", x);
-  return {.x = heads_of(x),
+  return {.x = heads_of(rotary.x),
           .y = heads_of(rotary.y),
+          .k = heads_of(rotary.k),
+          .v = heads_of(rotary.v),
           .cos = rotary.cos.as<const float>(),
           .sin = rotary.sin.as<const float>(),
           .cos_stride = rotary.cos.strides[0],
@@ -285,6 +303,7 @@ Args args_of(const Rotary& rotary) {
           .head_dim = static_cast<int>(x.sizes[3]),
           .pairs = static_cast<int>(rotary.cos.sizes[1]),
           .per_group = Divisor(static_cast<uint32_t>(rotary.group_heads)),
+          .group_heads = static_cast<int>(rotary.group_heads),
           .rotated_heads = static_cast<int>(rotary.rotated_heads),
           .all_turn = rotary.rotated_heads == rotary.group_heads,
           .outer_counts = rotary.sequence_axis == 0,
@@ -297,17 +316,23 @@ Args args_of(const Rotary& rotary) {
 
 void run(const Rotary& rotary, Stream stream) {
   using namespace cuda;
-  if (rotary.x.numel() == 0) return;
+  if (whole(rotary).numel() == 0) return;
   const Args args = args_of(rotary);
-  const bool aligned = is_aligned({&rotary.x, &rotary.y, &rotary.cos, &rotary.sin});
+  const bool aligned =
+      is_aligned({&rotary.x, &rotary.y, &rotary.k, &rotary.v, &rotary.cos, &rotary.sin});
   visit_dtype<float, bfloat16, float16>("rotary: x", rotary.x.dtype, [&]<typename T>() {
     constexpr int vector = vector_size<device_type<T>>;
-    visit_bool(rotary.interleaved, [&]<bool interleaved>() {
+    const auto choose_width = [&]<bool interleaved, Apart which>() {
       if (aligned && args.pairs % vector == 0) {
-        launch_rotary<device_type<T>, vector, interleaved>(args, stream);
+        launch_rotary<device_type<T>, vector, interleaved, which>(args, stream);
       } else {
-        launch_rotary<device_type<T>, 1, interleaved>(args, stream);
+        launch_rotary<device_type<T>, 1, interleaved, which>(args, stream);
       }
+    };
+    visit_bool(rotary.interleaved, [&]<bool interleaved>() {
+      if (!rotary.k) return choose_width.template operator()<interleaved, Apart::none>();
+      if (rotary.backward) return choose_width.template operator()<interleaved, Apart::x>();
+      choose_width.template operator()<interleaved, Apart::y>();
     });
   });
 }
