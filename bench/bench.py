@@ -42,8 +42,11 @@ TOLERANCE = {"f32": 1e-4, "bf16": 2e-2}  # of two results of one case; a wrong o
 class Case:
     """One row of the table. `calls` maps a variant ("redline", "eager", "compile", a rival) to a
     function of one input set; `make` draws an input set; `bytes` is what the op cannot avoid
-    moving, beside its products where a variant "products" runs those alone: the floor is then the
-    sum of both; `random`: two calls differ, so that results cannot be compared."""
+    moving; `random`: two calls differ, so that results cannot be compared.
+
+    `floor`: variants that run the op's unavoidable steps alone (its products by torch.mm); where
+    all were timed the floor is their sum, "copy" being one of `bytes`. `clock`, on CUDA: "graph",
+    without the host; "calls", one by one; "host", until one returns. `kept`: counts the bytes."""
 
     name: str
     direction: str
@@ -54,6 +57,9 @@ class Case:
     calls: dict[str, Callable]
     flops: float = 0
     random: bool = False
+    floor: tuple[str, ...] = ("copy", "products")
+    clock: str = "graph"
+    kept: dict[str, Callable[[], int]] = field(default_factory=dict)
     times: dict[str, tuple[float, float]] = field(default_factory=dict)  # variant: (us, spread)
     not_timed: dict[str, str] = field(default_factory=dict)  # variant: reason
 
@@ -154,9 +160,26 @@ def cpu_timer(call, sets, turns, captured=False):
     return once
 
 
-def timer_for(device, sets):
+def host_timer(call, sets, captured=False, calls=100):
+    """Until a call returns; so many that the device's queue takes them all."""
+    turns = itertools.cycle(sets)
+
+    def once():
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for inputs in itertools.islice(turns, calls):
+            call(*inputs)
+        spent = time.perf_counter() - begin
+        torch.cuda.synchronize()
+        return spent * 1e6 / calls
+
+    once()
+    return once
+
+
+def timer_for(device, sets, clock="graph"):
     if device == "cuda":
-        return functools.partial(cuda_timer, sets=sets)
+        return functools.partial(host_timer if clock == "host" else cuda_timer, sets=sets)
     return functools.partial(cpu_timer, sets=sets, turns=itertools.cycle(sets))
 
 
@@ -209,11 +232,11 @@ def difference(ours, theirs, tolerance):
 
 
 def check(case, inputs, device):
-    """Takes out of `case.calls` what fails or gives another result than ours; the bare products
-    give none that could be compared."""
+    """Takes out of `case.calls` what fails or gives another result than ours; a floor's steps give
+    none that could be compared."""
     kept = [tensor.detach().clone() for tensor in inputs]
     ours = results_of(case.calls["redline"], inputs, device)
-    for name in [name for name in case.calls if name not in ("redline", "products")]:
+    for name in [name for name in case.calls if name not in ("redline", *case.floor)]:
         for tensor, copy in zip(inputs, kept):
             tensor.data.copy_(copy)  # .data: graphs that were kept stay valid
         try:
@@ -234,10 +257,10 @@ def measure(case, device):
     sets = input_sets(case, device)
     if not case.random:
         check(case, sets[0], device)
-    make_timer = timer_for(device, sets)
+    make_timer = timer_for(device, sets, case.clock)
     timers = {}
     for name, call in {"copy": copy_call(device, case.bytes, len(sets)), **case.calls}.items():
-        captured = (name, case.name) not in rivals.NOT_CAPTURED
+        captured = case.clock == "graph" and (name, case.name) not in rivals.NOT_CAPTURED
         try:
             timers[name] = make_timer(call, captured=captured)
         except Exception as error:
@@ -257,12 +280,12 @@ def measure(case, device):
 
 def row_of(case, rates):
     copy_us = case.times["copy"][0]
-    if "products" in case.times:
-        floor_us = copy_us + case.times["products"][0]
+    if {*case.floor} <= {*case.times}:
+        floor_us = sum(case.times[name][0] for name in case.floor)
     else:
         floor_us = max(copy_us, case.flops / rates["gemm_tflop_s"] / 1e6 if case.flops else 0.0)
     ours, spread = case.times["redline"]
-    return {
+    row = {
         "name": case.name,
         "direction": case.direction,
         "shape": case.shape,
@@ -276,6 +299,8 @@ def row_of(case, rates):
         "rivals": {k: v[0] for k, v in case.times.items() if k not in ("redline", "copy")},
         "not_timed": case.not_timed,
     }
+    kept = {name: count() for name, count in case.kept.items() if name in case.times}
+    return row | {"kept_bytes": kept} if kept else row
 
 
 def ceilings(device):

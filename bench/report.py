@@ -16,10 +16,11 @@ HEADER = (
 def line(row):
     rivals = [f"{k} {v / row['time_us']:.2f}x" for k, v in row["rivals"].items()]
     refused = [f"{k} not timed: {v}" for k, v in row["not_timed"].items()]
+    kept = [f"{k} keeps {v / 1e6:.1f} MB" for k, v in row.get("kept_bytes", {}).items()]
     return (
         f"{row['name']:<34} {row['direction']:<11}{row['shape']:<26}{row['dtype']:<6}"
         f"{row['time_us']:>10.1f}{row['spread']:>6.1%}{row['floor_us']:>10.1f}"
-        f"{row['of_redline']:>9.2f}{row['gb_s']:>7.0f}  {'  '.join(rivals + refused)}"
+        f"{row['of_redline']:>9.2f}{row['gb_s']:>7.0f}  {'  '.join(rivals + kept + refused)}"
     )
 
 
@@ -39,6 +40,15 @@ def faults(rows):
             key = f"{rival}, {row['name']} {row['direction']}: {reason}"
             found.setdefault(key, []).append(row["shape"])
     return [f"* {key} ({'; '.join(shapes)})" for key, shapes in found.items()]
+
+
+def keeping(rows):
+    return [
+        f"* {row['name']}, {row['shape']}: "
+        + ", ".join(f"{variant} {size / 1e6:,.1f}" for variant, size in row["kept_bytes"].items())
+        for row in rows
+        if "kept_bytes" in row
+    ]
 
 
 def uncaptured(rows):
@@ -76,6 +86,8 @@ def markdown(result):
             f"{row['time_us']:.1f} | {row['spread']:.1%} | {row['floor_us']:.1f} | "
             f"{row['of_redline']:.2f} | {row['gb_s']:.0f} | " + " | ".join(cells) + " |"
         )
+    if found := keeping(rows):
+        lines += ["", "Kept for backward, in MB:", "", *found]
     if result["driver"] and (found := uncaptured(rows)):
         lines += ["", *found]
     if found := faults(rows):

@@ -22,6 +22,7 @@ SMALL = {  # in place of an op's sizes for CPUs, which are for timing
     "bench_activation": (32, 64),
     "bench_adamw": (3, (16, 32)),
     "bench_attention": (2, 64, 4, 2, 64),
+    "bench_block": (2, 16, {"hidden": 64, "ffn": 96, "heads": 4, "kv_heads": 2}, "graph"),
     "bench_cross_entropy": (16, 100),
     "bench_embedding": (32, 50, 16),
     "bench_gated_activation": (32, 64),
@@ -170,6 +171,19 @@ def test_the_table_says_where_a_rival_is_ahead_and_which_was_not_timed():
     called = result_of(row_of(name="cross_entropy", rivals={"liger": 9.9}))
     assert "liger's cross_entropy waits for" in report.markdown(called | {"driver": "580"})
     assert "waits for" not in table
+
+
+def test_a_row_says_its_floor_and_what_is_kept():
+    case = case_of(redline=lambda x: x, products=lambda x: x)
+    case.kept = {"redline": lambda: 5_000_000, "absent": lambda: 7}
+    case.times = {"copy": (1.0, 0.0), "products": (2.0, 0.0), "redline": (6.0, 0.0)}
+    row = bench.row_of(case, {})
+    assert (row["floor_us"], row["of_redline"]) == (3.0, 0.5)
+    assert row["kept_bytes"] == {"redline": 5_000_000}
+    assert "redline keeps 5.0 MB" in report.line(row)
+    assert "* double, 3 x 4: redline 5.0" in report.markdown(result_of(row))
+    case.floor = ("products",)
+    assert bench.row_of(case, {})["floor_us"] == 2.0
 
 
 def test_a_run_writes_rows_of_the_published_form(tmp_path, monkeypatch):
