@@ -8,6 +8,7 @@ add_library(
   redline/layers/linear.cpp
   redline/layers/mlp.cpp
   redline/layers/norm.cpp
+  redline/layers/recompute.cpp
   redline/layers/rotary.cpp
   redline/layers/transformer_layer.cpp
   redline/layers/weight_gradient.cpp)

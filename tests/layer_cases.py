@@ -27,6 +27,12 @@ LAYERS = {
     "Attention": functools.partial(Attention, HIDDEN, HEADS, KV_HEADS, bias=True),
     "Attention-qk_norm": functools.partial(Attention, HIDDEN, HEADS, qk_norm=True, rotary_dim=2),
     "TransformerLayer": functools.partial(TransformerLayer, HIDDEN, FFN, HEADS, KV_HEADS),
+    "TransformerLayer-selective": functools.partial(
+        TransformerLayer, HIDDEN, FFN, HEADS, KV_HEADS, recompute="selective"
+    ),
+    "TransformerLayer-full": functools.partial(
+        TransformerLayer, HIDDEN, FFN, HEADS, KV_HEADS, recompute="full"
+    ),
 }
 GPTS = {
     "GPT": functools.partial(GPT, 31, HIDDEN, FFN, 2, HEADS, KV_HEADS),

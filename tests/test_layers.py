@@ -54,6 +54,9 @@ NAMES = {
         "layernorm_mlp.fc2_weight",
     ],
 }
+NAMES |= {
+    f"TransformerLayer-{policy}": NAMES["TransformerLayer"] for policy in ("selective", "full")
+}
 
 
 @pytest.fixture(params=cases.DEVICES)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import DEVICES
 from redline import layers
@@ -23,6 +25,7 @@ def freeze(layer, *names):
 
 linear = functools.partial(layers.LayerNormLinear, HIDDEN, 96)
 mlp = functools.partial(layers.LayerNormMLP, HIDDEN, FFN)
+block = functools.partial(layers.TransformerLayer, HIDDEN, FFN, HEADS)
 NORM = ("layer_norm_weight",)
 # The rows of the document: how the layer is made, and whether its input has a gradient.
 ROWS = {
@@ -39,7 +42,9 @@ ROWS = {
     "`LayerNormMLP`, LayerNorm": lambda: mlp(normalization="LayerNorm"),
     "`Attention`": lambda: layers.Attention(HIDDEN, HEADS),
     "`Attention`, fewer kv_heads": lambda: layers.Attention(HIDDEN, HEADS, FEWER),
-    "`TransformerLayer`": lambda: layers.TransformerLayer(HIDDEN, FFN, HEADS),
+    "`TransformerLayer`": block,
+    "`TransformerLayer`, recompute selective": lambda: block(recompute="selective"),
+    "`TransformerLayer`, recompute full": lambda: block(recompute="full"),
 }
 
 
@@ -65,6 +70,42 @@ def kept_bytes(layer, x):
     return sum(kept.values())
 
 
+class Storages(TorchDispatchMode):
+    """Those that ops have made, by weak references: checkpoint()'s inputs pass by autograd's."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return result
+
+
+def living_bytes(layer, x):
+    """Of x and of what forward has made that lives on, without the result and the parameters."""
+    with Storages() as storages:
+        y = layer(x)
+    uncounted = {t.untyped_storage()._cdata for t in (y, *layer.parameters(), *layer.buffers())}
+    living = (size for cdata, (ref, size) in storages.made.items()
+              if cdata not in uncounted and not ref.expired())  # fmt: skip
+    return x.nbytes + sum(living)
+
+
+def test_window_keeps_its_scores_unless_they_are_recomputed():
+    x = torch.randn(1, TOKENS, HIDDEN, requires_grad=True)
+    kept, again = (
+        living_bytes(block(window=(8, 0), recompute=r), x) for r in ("none", "selective")
+    )
+    scores = TOKENS * TOKENS * HEADS * x.itemsize
+    assert kept - again >= scores
+    assert again == living_bytes(block(recompute="selective"), x)
+
+
 def test_every_row_is_measured():
     assert list(formulas()) == list(ROWS)
 
@@ -84,4 +125,5 @@ def test_kept_bytes_are_the_formula(row, dtype, device):
     expected = TOKENS * eval(formula, {"e": dtype.itemsize, **sizes})
     # torch's attention on CUDA keeps the state of its random numbers too: 32 bytes or less.
     more = 64 if device == "cuda" and ("Attention" in row or "Transformer" in row) else 0
-    assert expected <= kept_bytes(layer, x) <= expected + more
+    measured = living_bytes(layer, x) if "recompute" in row else kept_bytes(layer, x)
+    assert expected <= measured <= expected + more

@@ -1,5 +1,6 @@
 #include "redline/layers/attention.h"
 
+#include "redline/layers/recompute.h"
 #include "redline/ops/attention.h"
 #include "redline/ops/rotary.h"
 
@@ -70,14 +71,18 @@ AttentionImpl::Heads AttentionImpl::rotate(const Tensor& qkv, const Packing& pac
 
 Tensor AttentionImpl::attend(const Tensor& qkv, const Packing& packing) {
   const Heads heads = rotate(qkv, packing);
-  const auto out = ops::attention(heads.q, heads.k, heads.v,
-                                  {.causal = options.causal,
-                                   .window = options.window,
-                                   .cu_seqlens_q = packing.cu_seqlens,
-                                   .cu_seqlens_k = packing.cu_seqlens,
-                                   .max_seqlen_q = packing.max_seqlen,
-                                   .max_seqlen_k = packing.max_seqlen});
-  return proj(std::get<0>(out).flatten(-2));
+  const ops::AttentionOptions attention{.causal = options.causal,
+                                        .window = options.window,
+                                        .cu_seqlens_q = packing.cu_seqlens,
+                                        .cu_seqlens_k = packing.cu_seqlens,
+                                        .max_seqlen_q = packing.max_seqlen,
+                                        .max_seqlen_k = packing.max_seqlen};
+  const auto run = [attention](const variable_list& parts) -> variable_list {
+    return {std::get<0>(ops::attention(parts[0], parts[1], parts[2], attention))};
+  };
+  const variable_list parts = {heads.q, heads.k, heads.v};
+  const variable_list context = options.recompute ? recompute({.run = run}, parts) : run(parts);
+  return proj(context[0].flatten(-2));
 }
 
 Tensor attend_sequence_first(const Tensor& q, const Tensor& k, const Tensor& v,

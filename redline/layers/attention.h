@@ -17,6 +17,7 @@ struct AttentionOptions {
   bool causal = true;
   std::optional<std::array<int64_t, 2>> window = {};  // keys kept before and after the query's own
   bool qk_norm = false;
+  bool recompute = false;  // backward runs attention again from q, k and v: it keeps no scores
   RotaryOptions rotary = {};
   NormOptions norm = {};
 };

@@ -1,5 +1,6 @@
 #include "redline/layers/transformer_layer.h"
 
+#include "redline/layers/recompute.h"
 #include "redline/ops/bias_dropout_add.h"
 
 namespace redline::layers {
@@ -8,6 +9,7 @@ TransformerLayerImpl::TransformerLayerImpl(const TransformerLayerOptions& given)
   options.mlp.hidden_size = options.attention.hidden_size;
   options.mlp.norm = options.attention.norm = options.norm;
   options.mlp.bias = options.attention.bias = options.bias;
+  options.attention.recompute |= options.recompute == Recompute::selective;
   reset();
 }
 
@@ -21,6 +23,24 @@ Tensor TransformerLayerImpl::add(const Tensor& x, const Tensor& residual) const 
 }
 
 Stream TransformerLayerImpl::forward_residual(const Stream& stream, const Packing& packing) {
+  if (options.recompute != Recompute::full) return run(stream, packing);
+  const auto again = [this, packing](const variable_list& inputs) -> variable_list {
+    const Stream given{.x = inputs[0],
+                       .residual = inputs.size() > 1 ? std::optional(inputs[1]) : std::nullopt};
+    const Stream out = run(given, packing);
+    return out.residual ? variable_list{out.x, *out.residual} : variable_list{out.x};
+  };
+  variable_list inputs = {stream.x};
+  if (stream.residual) inputs.push_back(*stream.residual);
+  const variable_list out = recompute({.run = again,
+                                       .parameters = parameters(),
+                                       .owner = weak_from_this().lock(),
+                                       .random = options.dropout > 0},
+                                      inputs);
+  return {.x = out[0], .residual = out.size() > 1 ? std::optional(out[1]) : std::nullopt};
+}
+
+Stream TransformerLayerImpl::run(const Stream& stream, const Packing& packing) {
   Tensor attended, residual = stream.x;
   if (stream.residual) {
     std::tie(attended, residual) =

@@ -7,6 +7,10 @@
 
 namespace redline::layers {
 
+// What backward computes again instead of keeping it: `selective`, what attention itself keeps
+// between q, k, v and its output, no product; `full`, all but the layer's inputs.
+enum class Recompute { none, selective, full };
+
 // norm and bias hold for both parts; mlp.hidden_size is attention's.
 struct TransformerLayerOptions {
   AttentionOptions attention = {};
@@ -14,6 +18,7 @@ struct TransformerLayerOptions {
   NormOptions norm = {};
   bool bias = false;
   double dropout = 0.0;
+  Recompute recompute = Recompute::none;
 };
 
 // The residual stream: x + residual, or x alone where there is no residual.
@@ -37,6 +42,7 @@ class TransformerLayerImpl : public torch::nn::Cloneable<TransformerLayerImpl> {
 
  private:
   Tensor add(const Tensor& x, const Tensor& residual) const;
+  Stream run(const Stream& stream, const Packing& packing);
 };
 using TransformerLayer = Holder<TransformerLayerImpl, TransformerLayerOptions>;
 

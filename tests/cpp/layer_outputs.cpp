@@ -85,6 +85,15 @@ void record_all() {
     return TransformerLayer({.attention = {.hidden_size = 16, .heads = 4, .kv_heads = 2},
                              .mlp = {.ffn_hidden_size = 24}});
   });
+  for (const auto& [name, recompute] :
+       {std::pair{"TransformerLayer-selective", Recompute::selective},
+        std::pair{"TransformerLayer-full", Recompute::full}}) {
+    record(name, [recompute = recompute] {
+      return TransformerLayer({.attention = {.hidden_size = 16, .heads = 4, .kv_heads = 2},
+                               .mlp = {.ffn_hidden_size = 24},
+                               .recompute = recompute});
+    });
+  }
   record_gpt("GPT", /*tied=*/false);
   record_gpt("GPT-tied", /*tied=*/true);
   record_main_grad();

@@ -1,4 +1,5 @@
 // The manners of the C++ layers and of AdamW; what they compute is compared in test_layers.py.
+#include <ATen/autocast_mode.h>
 #include <gtest/gtest.h>
 
 #include "redline/layers/gpt.h"
@@ -46,6 +47,46 @@ TEST(Layers, ToMovesEveryParameterAndLeavesTheTablesFloat32) {
   const Tensor narrow = gpt(some_tokens());
   EXPECT_EQ(narrow.scalar_type(), torch::kBFloat16);
   EXPECT_TRUE(torch::allclose(narrow.to(torch::kFloat), wide, 0.1, 0.05));
+}
+
+// Gradients of a GPT's parameters, from one seed; the model may be gone when backward runs.
+std::vector<Tensor> gradients(const GPTOptions& options, bool autocast = false) {
+  torch::manual_seed(1);
+  std::vector<Tensor> parameters;
+  Tensor loss;
+  {
+    GPT gpt(options);
+    parameters = gpt->parameters();
+    at::autocast::set_autocast_enabled(at::kCPU, autocast);
+    loss = gpt->loss(some_tokens(), some_tokens());
+    at::autocast::set_autocast_enabled(at::kCPU, false);
+  }
+  return torch::autograd::grad({loss}, parameters);
+}
+
+TEST(Layers, RecomputedOnesHaveTheGradientsOfThoseThatKeep) {
+  for (const Recompute recompute : {Recompute::selective, Recompute::full}) {
+    for (const double dropout : {0.0, 0.5}) {
+      for (const bool autocast : {false, true}) {
+        GPTOptions options = small_gpt();
+        options.layers = 2;
+        options.layer.dropout = dropout;
+        const std::vector<Tensor> kept = gradients(options, autocast);
+        options.layer.recompute = recompute;
+        const std::vector<Tensor> again = gradients(options, autocast);
+        ASSERT_EQ(kept.size(), again.size());
+        for (size_t i = 0; i < kept.size(); ++i) EXPECT_TRUE(torch::equal(kept[i], again[i])) << i;
+      }
+    }
+  }
+}
+
+TEST(Layers, ARecomputedLayerOfAFrozenInputStillTrains) {
+  TransformerLayer layer({.attention = {.hidden_size = 16, .heads = 4},
+                          .mlp = {.ffn_hidden_size = 24},
+                          .recompute = Recompute::full});
+  layer(torch::randn({2, 5, 16})).sum().backward();
+  for (const Tensor& parameter : layer->parameters()) EXPECT_TRUE(parameter.grad().defined());
 }
 
 TEST(Layers, BadOptionsAreRefusedAtConstruction) {

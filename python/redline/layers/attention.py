@@ -1,6 +1,7 @@
 """Attention: norm, packed QKV projection, rotary, attention and the output projection."""
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from redline import ops
 from redline.layers.linear import LayerNormLinear, Linear
@@ -14,6 +15,8 @@ class Attention(torch.nn.Module):
     layernorm_qkv.weight holds, for each of kv_heads groups, its queries' rows, key's and value's.
     forward(x) -> y; forward(x, residual) -> (y, x + residual). x is [batch, sequence, hidden_size],
     or [tokens, hidden_size] packed with cu_seqlens. `window` is (keys kept before, kept after).
+    recompute: backward runs ops.attention again from q, k and v, so that of what it keeps (with
+    windows and packing all scores) nothing waits.
 
     >>> Attention(1024, heads=16, kv_heads=4)(torch.randn(2, 128, 1024)).shape
     torch.Size([2, 128, 1024])
@@ -33,6 +36,7 @@ class Attention(torch.nn.Module):
         rotary_base=10000.0,
         max_positions=4096,
         qk_norm=False,
+        recompute=False,
         normalization="RMSNorm",
         eps=1e-5,
         zero_centered=False,
@@ -44,7 +48,7 @@ class Attention(torch.nn.Module):
         self.head_dim = head_dim or hidden_size // max(heads, 1)
         rotary_dim = self.head_dim if rotary_dim is None else rotary_dim
         self._check(hidden_size, head_dim, rotary_dim)
-        self.causal, self.window = causal, window
+        self.causal, self.window, self.recompute = causal, window, recompute
         factory = {"device": device, "dtype": dtype}
         norm = {"eps": eps, "zero_centered": zero_centered}
         self.layernorm_qkv = LayerNormLinear(
@@ -111,6 +115,11 @@ class Attention(torch.nn.Module):
         q, k, v = self.rotate(qkv, positions, cu_seqlens)
         packing = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
         packing |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
-        context = ops.attention(q, k, v, causal=self.causal, window=self.window, **packing)
+        options = {"causal": self.causal, "window": self.window, **packing}
+        if self.recompute and torch.is_grad_enabled():
+            options |= {"use_reentrant": False, "preserve_rng_state": False}
+            context = checkpoint(ops.attention, q, k, v, **options)
+        else:
+            context = ops.attention(q, k, v, **options)
         y = self.proj(context.flatten(-2))
         return y if residual is None else (y, total)
