@@ -191,6 +191,11 @@ def test_compiler_missing_is_a_reason(monkeypatch, tmp_path):
 # The lap.
 
 
+def test_a_long_lap_is_calm():
+    rates = [job.shape_for(CPU, steps).learning_rate for steps in (40, 500)]
+    assert rates == [1e-3, 3e-4] == [1e-3, job.shape_for(torch.device("cuda"), 40).learning_rate]
+
+
 def test_same_parts_give_the_same_losses(finished):
     assert finished.max_loss_difference == 0.0 and finished.right
     assert finished.sides["stock"].losses[0] == pytest.approx(5.77, abs=0.3)
