@@ -4,7 +4,8 @@
 python examples/megatron/train_gpt.py --steps 100
 
 Needs megatron-core (pip install redline-layers[megatron,dyno]) and no Transformer Engine. Prints
-tokens per second, peak memory and the largest difference between the two curves of losses.
+tokens per second, peak memory and the largest difference between the two curves of losses; with
+--noise also how far the local spec parts from itself when its weights move by a rounding.
 """
 # ruff: noqa: E402  (install() comes before what imports megatron.core)
 
@@ -66,6 +67,7 @@ def parse_arguments():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--text", type=Path, help="a text file or a folder of them")
+    parser.add_argument("--noise", action="store_true", help="train the local spec a second time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
@@ -112,6 +114,18 @@ def tensors_of(model):
     """The weights on the CPU, by the names of the Transformer Engine spec."""
     state = model.state_dict().items()
     return {name: tensor.to("cpu", copy=True) for name, tensor in state if tensor is not None}
+
+
+def moved(tensors):
+    """Each weight by less than a rounding of its dtype: about half of them change."""
+
+    def move(tensor):
+        if not tensor.is_floating_point():
+            return tensor
+        noise = torch.rand(tensor.shape) - 0.5
+        return (tensor.float() * (1 + noise * torch.finfo(tensor.dtype).eps)).to(tensor.dtype)
+
+    return {name: move(tensor) for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
@@ -165,10 +179,11 @@ def tell(runs, args):
         speed = f"{timed / run.seconds:.0f}"
         losses = f"{run.losses[0]:11.4f} {run.losses[-1]:10.4f}"
         print(f"{name:32} {speed:>10} {peak:>10} {losses}")
-    if len(runs) == 2:
-        first, second = (run.losses for run in runs.values())
-        largest = max(abs(a - b) for a, b in zip(first, second, strict=True))
-        print(f"largest loss difference: {largest:.2e} in {args.steps} steps")
+    local = runs.get("local")
+    for name, run in runs.items():
+        if local and run is not local:
+            largest = max(abs(a - b) for a, b in zip(local.losses, run.losses, strict=True))
+            print(f"largest loss difference: {largest:.2e} in {args.steps} steps, {name}")
 
 
 def main():
@@ -184,10 +199,13 @@ def main():
         print("local spec: not trained: Megatron's own attention asks for CUDA", file=sys.stderr)
         del specs["local"]
     weights = tensors_of(build(get_gpt_layer_with_transformer_engine_spec(), args))
+    starts = {name: (spec, weights) for name, spec in specs.items()}
+    if args.noise and "local" in specs:
+        starts["local, moved by a rounding"] = (specs["local"], moved(weights))
     runs = {}
-    for name, spec in specs.items():
+    for name, (spec, start) in starts.items():
         model = build(spec, args)
-        copy_weights(weights, model)
+        copy_weights(start, model)
         runs[name] = train(model, batches, args)
         del model
     tell(runs, args)
