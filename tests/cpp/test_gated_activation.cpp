@@ -50,6 +50,7 @@ struct Tensors {
             .gate_grad = half(packed_grad, 0),
             .linear_grad = half(packed_grad, 1),
             .row_scale_grad = row_scale_grad,
+            .row_parts = {},
             .bias_grad = {.partial = partial, .total = bias_grad},
             .y = {}};
   }
