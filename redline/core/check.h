@@ -26,12 +26,18 @@ std::string message_piece(const T& piece) {
   }
 }
 
+// The pieces side by side.
+template <typename... Pieces>
+std::string message(const Pieces&... pieces) {
+  return (message_piece(pieces) + ...);
+}
+
 // Throws Error with the pieces and, in brackets, the file's name and the line.
 template <typename... Pieces>
 [[noreturn]] void fail(const char* file, int line, const Pieces&... pieces) {
   const std::string_view path = file;
   const std::string name(path.substr(path.rfind('/') + 1));
-  throw Error((message_piece(pieces) + ...) + " (" + name + ":" + std::to_string(line) + ")");
+  throw Error(message(pieces...) + " (" + name + ":" + std::to_string(line) + ")");
 }
 
 }  // namespace redline

@@ -38,7 +38,8 @@ void check(const Gemm&);
 // CUDA. The algorithm is chosen once per shape, dtypes, strides, alignment and device, by the
 // library's heuristic: nothing is timed. It adds in one order, but which it is may depend on M.
 //
-// What run() needs as its workspace; nothing where the library has no algorithm for this epilogue.
+// What run() needs as its workspace; nothing where the library has no algorithm for this epilogue:
+// its steps behind the product are a fallback, which a watcher is told.
 std::optional<int64_t> workspace_bytes(const Gemm&, Stream);
 // False where the algorithm failed before it began: the heuristic's next one stands in its place,
 // and may need another workspace. Throws where none is left.

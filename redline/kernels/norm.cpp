@@ -8,8 +8,6 @@
 namespace redline {
 namespace {
 
-const char* name(Norm norm) { return norm == Norm::rms ? "rms_norm" : "layer_norm"; }
-
 void check_statistic(const char* op, const char* tensor, const TensorView& statistic,
                      const TensorView& x) {
   check_values(op, tensor, statistic, x.sizes[0], accumulation_dtype(x.dtype));

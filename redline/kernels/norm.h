@@ -14,6 +14,8 @@ namespace redline {
 
 enum class Norm { rms, layer };
 
+constexpr const char* name(Norm norm) { return norm == Norm::rms ? "rms_norm" : "layer_norm"; }
+
 struct NormForward {
   Norm norm = Norm::rms;
   TensorView x;            // [rows, cols]

@@ -10,8 +10,6 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-const char* op_name(Norm norm) { return norm == Norm::rms ? "rms_norm" : "layer_norm"; }
-
 // One statistic per row: the leading sizes of x, kept symbolic.
 Tensor empty_statistic(const Tensor& x) {
   return at::empty_symint(x.sym_sizes().slice(0, x.dim() - 1),
@@ -19,13 +17,13 @@ Tensor empty_statistic(const Tensor& x) {
 }
 
 void check_input(Norm norm, const Tensor& x) {
-  TORCH_CHECK(x.dim() >= 1, op_name(norm), ": x: expected at least one dimension, not a scalar");
-  TORCH_CHECK(at::isFloatingType(x.scalar_type()), op_name(norm),
+  TORCH_CHECK(x.dim() >= 1, name(norm), ": x: expected at least one dimension, not a scalar");
+  TORCH_CHECK(at::isFloatingType(x.scalar_type()), name(norm),
               ": x: expected a floating dtype, not ", x.scalar_type());
 }
 
 NormOutputs forward(const Tensor& x, const NormInputs& in) {
-  const char* op = op_name(in.norm);
+  const char* op = name(in.norm);
   check_input(in.norm, x);
   check_devices(op, x,
                 {{"residual", value(in.residual)},
@@ -78,7 +76,7 @@ Tensor partial_sums(const Tensor& x, int64_t chunks, bool needed) {
 }
 
 NormGradients backward(const Tensor& y_grad, const Tensor& x, const NormBackwardInputs& in) {
-  const char* op = op_name(in.norm);
+  const char* op = name(in.norm);
   check_input(in.norm, x);
   check_devices(
       op, x, {{"y_grad", y_grad}, {"weight", value(in.weight)}, {"sum_grad", value(in.sum_grad)}});
@@ -194,7 +192,7 @@ Tensor rebuild(const Tensor& x, const OptionalTensor& weight, const OptionalTens
                at::ScalarType dtype) {
   const Norm norm = mean ? Norm::layer : Norm::rms;
   check_input(norm, x);
-  check_devices(op_name(norm), x,
+  check_devices(name(norm), x,
                 {{"weight", value(weight)}, {"bias", value(bias)}, {"inverse_std", inverse_std}});
   const Tensor y = at::empty_like(x, x.options().dtype(dtype), at::MemoryFormat::Contiguous);
   if (x.is_meta()) return y;

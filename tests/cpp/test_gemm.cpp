@@ -1,6 +1,7 @@
 // gemm without a GPU: what the library is asked for, done by hand; the plans' cache; the refusals.
 #include <gtest/gtest.h>
 
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -71,7 +72,7 @@ void expect_product(const Gemm& args) {
   }
 }
 
-constexpr DType f32 = DType::float32;
+constexpr DType f32 = DType::float32, bf16 = DType::bfloat16;
 
 TEST(Gemm, TheLibrarysProblemIsTheProduct) {
   for (const auto& [m, n, k] : std::vector<std::array<int64_t, 3>>{
@@ -101,24 +102,49 @@ TEST(Gemm, BatchesHaveTheirOwnStrides) {
   expect_product({.a = a, .b = shared, .out = out});
 }
 
-TEST(Gemm, EpiloguesThatTheLibraryLacksAreNoProblem) {
+// Without an unfit epilogue the empty text; with one, no problem either.
+std::string unfit_text(const Gemm& args) {
+  check(args);
+  const auto found = cuda::unfit_epilogue(args);
+  EXPECT_EQ(cuda::problem_of(args, {}).has_value(), !found);
+  if (!found) return "";
+  return message(found->fallback.tensor, ": ", found->why, "; ", found->fallback.instead);
+}
+
+TEST(Gemm, AnUnfitBiasIsNamed) {
   const Buffer a(f32, {4, 8}), b(f32, {8, 16}), out(f32, {4, 16}), out_turned(f32, {16, 4});
-  const Buffer bias(f32, {16}), pre(f32, {4, 16}), pre_turned(f32, {16, 4}), rows(f32, {4});
+  const Buffer bias(f32, {16}), rows(f32, {4});
   Gemm args{.a = a, .b = b, .out = out, .bias = bias};
-  EXPECT_TRUE(cuda::problem_of(args, {}));
-  args.out = turned(out_turned);  // the bias runs along D's columns
-  EXPECT_FALSE(cuda::problem_of(args, {}));
-  args = {.a = a, .b = b, .out = out, .pre_activation = pre, .epilogue = GemmEpilogue::gelu};
-  EXPECT_TRUE(cuda::problem_of(args, {}));
-  args.pre_activation = turned(pre_turned);
-  EXPECT_FALSE(cuda::problem_of(args, {}));
-  const Buffer odd(f32, {8, 15}), odd_out(f32, {4, 15}), odd_pre(f32, {4, 15});
-  args.b = odd, args.out = odd_out, args.pre_activation = odd_pre;  // lines of 15
-  EXPECT_FALSE(cuda::problem_of(args, {}));
+  EXPECT_EQ(unfit_text(args), "");
+  args.out = turned(out_turned);
+  EXPECT_EQ(unfit_text(args),
+            "bias: it runs along the columns of an out that is column-major; give out contiguous");
   args = {.a = a, .b = b, .out = out, .bias_grad = rows};
   EXPECT_EQ(cuda::problem_of(args, {})->bias_grad, GemmProblem::of_b);
   args.out = turned(out_turned);
   EXPECT_EQ(cuda::problem_of(args, {})->bias_grad, GemmProblem::of_a);
+}
+
+TEST(Gemm, AnUnfitActivationIsNamed) {
+  const Buffer wide(f32, {8, 8});
+  EXPECT_EQ(unfit_text({.a = wide, .b = wide, .out = wide, .epilogue = GemmEpilogue::gelu}),
+            "out: the library's gelu is not exact enough for float32; use a 16-bit dtype");
+  alignas(16) static uint16_t memory[4 * 16 + 1];
+  const Buffer a(bf16, {4, 8}), b(bf16, {8, 16}), out(bf16, {4, 16}), pre_turned(bf16, {16, 4});
+  TensorView pre = out;
+  pre.data = memory;
+  Gemm args{.a = a, .b = b, .out = out, .pre_activation = pre, .epilogue = GemmEpilogue::gelu};
+  EXPECT_EQ(unfit_text(args), "");
+  args.pre_activation.data = memory + 1;
+  EXPECT_EQ(unfit_text(args),
+            "pre_activation: its address is no multiple of 16 bytes; give a tensor with an address "
+            "of its own, such as a clone");
+  args.pre_activation = turned(pre_turned);
+  EXPECT_EQ(unfit_text(args), "pre_activation: it lies otherwise than out; give both contiguous");
+  const Buffer odd(bf16, {8, 15}), odd_out(bf16, {4, 15}), odd_pre(bf16, {4, 15});
+  args.b = odd, args.out = odd_out, args.pre_activation = odd_pre;
+  EXPECT_EQ(unfit_text(args),
+            "pre_activation: its lines are no multiple of 8 elements; pad them to a multiple of 8");
 }
 
 TEST(Gemm, PlansAreSharedByWhatIsAlignedAlike) {

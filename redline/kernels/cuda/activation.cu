@@ -131,7 +131,8 @@ void visit_kind(Activation kind, DType dtype, Visit visit) {
 void run(const ActivationForward& args, Stream stream) {
   using namespace cuda;
   const bool flat = is_flat(args.x) && !args.bias;
-  const bool aligned = is_aligned({&args.x, &args.bias, &args.y});
+  const bool aligned =
+      are_aligned("activation", {{"x", &args.x}, {"bias", &args.bias}, {"y", &args.y}});
   visit_kind(args.kind, args.x.dtype, [&]<typename T, typename Function>() {
     const Common common = {extent("activation", args.x, vector_size<T>, flat), matrix(args.x, flat),
                            matrix(args.bias, false)};
@@ -142,7 +143,11 @@ void run(const ActivationForward& args, Stream stream) {
 void run(const ActivationBackward& args, Stream stream) {
   using namespace cuda;
   const bool flat = is_flat(args.x) && !args.bias;
-  const bool aligned = is_aligned({&args.x, &args.bias, &args.y_grad, &args.x_grad, &args.y});
+  const bool aligned = are_aligned("activation", {{"x", &args.x},
+                                                  {"bias", &args.bias},
+                                                  {"y_grad", &args.y_grad},
+                                                  {"x_grad", &args.x_grad},
+                                                  {"y", &args.y}});
   visit_kind(args.kind, args.x.dtype, [&]<typename T, typename Function>() {
     const Common common = {extent("activation", args.x, vector_size<T>, flat), matrix(args.x, flat),
                            matrix(args.bias, false)};

@@ -180,6 +180,17 @@ __global__ void __launch_bounds__(threads)
   }
 }
 
+void note_addresses(const AdamWStep& args) {
+  for (int64_t i = 0; i < args.tensor_count; ++i) {
+    const AdamWTensor& tensor = args.tensors[i];
+    note_address("adamw_step", "parameters", tensor.parameter, tensor.parameter_dtype);
+    note_address("adamw_step", "gradients", tensor.gradient, tensor.gradient_dtype);
+    note_address("adamw_step", "exp_avgs", tensor.exp_avg, tensor.average_dtype);
+    note_address("adamw_step", "exp_avg_sqs", tensor.exp_avg_sq, tensor.average_dtype);
+    note_address("adamw_step", "masters", tensor.master, DType::float32);
+  }
+}
+
 }  // namespace
 }  // namespace cuda
 
@@ -189,6 +200,8 @@ void run(const AdamWStep& args, Stream stream) {
     REDLINE_CHECK(args.tensors[i].parameter_dtype != DType::float64,
                   "adamw_step: parameters: no kernel for float64");
   }
+  if (watcher() != nullptr) note_addresses(args);
+  note_choice("lists of tensors in chunks of ", chunk, " elements, a block each");
   const Scalars scalars = {.learning_rate = args.learning_rate.data,
                            .learning_rate_is_float64 = args.learning_rate.dtype == DType::float64,
                            .clip_coefficient = args.clip_coefficient.as<const float>(),

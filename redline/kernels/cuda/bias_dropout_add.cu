@@ -178,7 +178,9 @@ void run(const BiasDropoutAddForward& args, Stream stream) {
   using namespace cuda;
   const bool flat = is_flat(args.x) && !args.bias;
   const bool random = static_cast<bool>(args.rng_state);
-  const bool aligned = is_aligned({&args.x, &args.bias, &args.residual, &args.y});
+  const bool aligned = are_aligned(
+      "bias_dropout_add",
+      {{"x", &args.x}, {"bias", &args.bias}, {"residual", &args.residual}, {"y", &args.y}});
   visit_dtypes(args.x.dtype, args.residual.dtype, [&]<typename T, typename R>() {
     const Extent size = extent("bias_dropout_add", args.x, vector_size<T>, flat);
     const Forward<T, R> op = {size,
@@ -199,7 +201,8 @@ void run(const BiasDropoutAddBackward& args, Stream stream) {
   using namespace cuda;
   const bool flat = is_flat(args.x_grad) && !args.bias_grad.total;
   const bool random = static_cast<bool>(args.rng_state);
-  const bool aligned = is_aligned({&args.y_grad, &args.x_grad});
+  const bool aligned =
+      are_aligned("bias_dropout_add", {{"y_grad", &args.y_grad}, {"x_grad", &args.x_grad}});
   const int64_t* state = args.rng_state.as<const int64_t>();
   const PhiloxState philox = {.seed_pointer = state,
                               .offset_pointer = random ? state + 1 : nullptr};

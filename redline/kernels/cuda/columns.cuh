@@ -100,6 +100,7 @@ int column_shared_bytes(Stream stream) {
 template <typename Op>
 void launch_columns(const Op& op, const ColumnSums& sums, bool aligned, Stream stream) {
   const int64_t chunks = sums.partial.sizes[0];
+  note_choice("walk down the rows: column sums of ", chunks, " chunks of rows, fixed by the shape");
   visit_bool(aligned, [&]<bool Aligned>() {
     launch(column_kernel<Op, Aligned>,
            {.grid = dim3(ceil_div(op.extent.vectors, 32), chunks),

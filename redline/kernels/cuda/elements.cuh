@@ -134,6 +134,7 @@ __global__ void __launch_bounds__(element_threads) element_kernel(const Op given
 template <typename Op>
 void launch_elements(const Op& op, bool aligned, Stream stream) {
   const int64_t total = op.extent.total;
+  note_choice(aligned ? "16 bytes per access" : "one element per access");
   visit_bool(aligned, [&]<bool Aligned>() {
     launch(element_kernel<Op, Aligned>,
            {.grid = dim3(ceil_div(total, element_threads * Op::in_flight)),

@@ -215,15 +215,51 @@ void replace_choice(const GemmProblem& p, int failed, cublasStatus_t status) {
        p.k, " failed, the last with ", cublasLtGetStatusName(status));
 }
 
+// --- what a watcher is told ---------------------------------------------------------------------
+
+// What follows the product in its epilogue; nothing where there is none.
+const char* epilogue_text(const Gemm& args) {
+  if (args.epilogue == GemmEpilogue::gelu) return args.bias ? "bias and gelu" : "gelu";
+  if (args.epilogue == GemmEpilogue::gelu_grad) return "gelu's derivative";
+  if (args.bias_grad) return "the bias's gradient";
+  return args.bias ? "bias" : nullptr;
+}
+
+constexpr const char* in_steps = ": it runs in steps behind the product";
+
+void note_no_algorithm(const Gemm& args) {
+  const char* epilogue = epilogue_text(args);
+  if (epilogue == nullptr) return;  // the product itself has none: an error, not a fallback
+  note_fallback({op, "epilogue", "give 16-bit tensors whose rows are a multiple of 16 bytes"},
+                "cuBLASLt has no algorithm for ", args.a, " times ", args.b, " with ", epilogue,
+                in_steps);
+}
+
+void report_product(const Gemm& args, int number) {
+  Watcher* seen = watcher();
+  if (seen == nullptr) return;
+  const char* epilogue = epilogue_text(args);
+  note_choice("the product is the library's: cuBLASLt, by its heuristic",
+              epilogue ? ", in its epilogue " : "", epilogue ? epilogue : "",
+              args.accumulate ? ", added to out" : "",
+              number > 0 ? "; the algorithms before it failed" : "");
+  seen->launch({.kernel = "cublasLtMatmul", .by_library = true});
+}
+
 }  // namespace
 
 // --- the contract -------------------------------------------------------------------------------
 
 std::optional<int64_t> workspace_bytes(const Gemm& args, Stream stream) {
-  const auto problem = cuda::problem_of(args, stream);
-  if (!problem) return std::nullopt;
-  const auto choice = standing_choice(*problem, stream);
-  if (!choice) return std::nullopt;
+  if (const auto unfit = cuda::unfit_epilogue(args)) {
+    note_fallback(unfit->fallback, unfit->why, in_steps);
+    return std::nullopt;
+  }
+  const auto choice = standing_choice(*cuda::problem_of(args, stream), stream);
+  if (!choice) {
+    note_no_algorithm(args);
+    return std::nullopt;
+  }
   return choice->first.workspace;
 }
 
@@ -243,7 +279,10 @@ bool run(const Gemm& args, Stream stream) {
       handle_of(stream.device), &of.operation, &one, left.data, &of.a.layout, right.data,
       &of.b.layout, &beta, args.out.data, &of.d.layout, args.out.data, &of.d.layout, &algorithm,
       args.workspace.data, workspace, static_cast<cudaStream_t>(stream.handle));
-  if (status == CUBLAS_STATUS_SUCCESS) return true;
+  if (status == CUBLAS_STATUS_SUCCESS) {
+    report_product(args, choice->second);
+    return true;
+  }
   replace_choice(*problem, choice->second, status);
   return false;
 }

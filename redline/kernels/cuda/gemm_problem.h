@@ -9,6 +9,7 @@
 #include <optional>
 #include <type_traits>
 
+#include "redline/core/watch.h"
 #include "redline/kernels/gemm.h"
 
 namespace redline::cuda {
@@ -38,16 +39,51 @@ inline int32_t alignment(const TensorView& view) {
   return static_cast<int32_t>(address & (~address + 1));
 }
 
-// Nothing where the library's epilogues cannot say it: a bias along D's columns, a pre_activation
-// that lies otherwise than out or whose lines are no multiple of 8 elements, or a gelu that is
-// rounded to float32: the library's tanh is not that exact (H100: an L2 error of 3.8e-6).
+// What the library's epilogues cannot say, and how they could.
+struct Unfit {
+  Fallback fallback;
+  const char* why;
+};
+
+// Nothing where they can. A gelu that is rounded to float32 is not the library's, whose tanh is not
+// that exact (H100: an L2 error of 3.8e-6).
+inline std::optional<Unfit> unfit_epilogue(const Gemm& args) {
+  const auto unfit = [](const char* tensor, const char* why, const char* instead) {
+    return Unfit{{"gemm", tensor, instead}, why};
+  };
+  const bool row_major = matrix_layout(args.out)->row_major;
+  if (args.epilogue != GemmEpilogue::none && args.out.dtype == DType::float32) {
+    return unfit("out", "the library's gelu is not exact enough for float32", "use a 16-bit dtype");
+  }
+  if (args.bias && !row_major) {
+    return unfit("bias", "it runs along the columns of an out that is column-major",
+                 "give out contiguous");
+  }
+  if (!args.pre_activation) return std::nullopt;
+  const MatrixLayout pre = *matrix_layout(args.pre_activation);
+  if (pre.row_major != row_major) {
+    return unfit("pre_activation", "it lies otherwise than out", "give both contiguous");
+  }
+  const bool batched = args.out.rank == 3;
+  if (pre.ld % 8 != 0 || (batched && args.pre_activation.strides[0] % 8 != 0)) {
+    return unfit("pre_activation", "its lines are no multiple of 8 elements",
+                 "pad them to a multiple of 8");
+  }
+  if (alignment(args.pre_activation) < 16) {
+    return unfit("pre_activation", "its address is no multiple of 16 bytes",
+                 "give a tensor with an address of its own, such as a clone");
+  }
+  return std::nullopt;
+}
+
+// Nothing where the epilogue is unfit.
 inline std::optional<GemmProblem> problem_of(const Gemm& args, Stream stream) {
   const MatrixLayout out = *matrix_layout(args.out), a = *matrix_layout(args.a),
                      b = *matrix_layout(args.b);
   const int last = args.out.rank - 1;
   const bool batched = args.out.rank == 3;
   const auto stride = [batched](const TensorView& view) { return batched ? view.strides[0] : 0; };
-  if (args.epilogue != GemmEpilogue::none && args.out.dtype == DType::float32) return std::nullopt;
+  if (unfit_epilogue(args)) return std::nullopt;
   GemmProblem p;
   p.swapped = out.row_major;
   const TensorView &left = p.swapped ? args.b : args.a, &right = p.swapped ? args.a : args.b;
@@ -69,7 +105,6 @@ inline std::optional<GemmProblem> problem_of(const Gemm& args, Stream stream) {
   p.accumulate = args.accumulate;
   p.tf32 = args.tf32 && args.a.dtype == DType::float32;
   if (args.bias) {
-    if (!p.swapped) return std::nullopt;
     p.has_bias = 1;
     p.align_vector = alignment(args.bias);
   }
@@ -82,10 +117,6 @@ inline std::optional<GemmProblem> problem_of(const Gemm& args, Stream stream) {
     p.has_pre = 1;
     p.ld_pre = pre.ld, p.stride_pre = stride(args.pre_activation);
     p.align_pre = alignment(args.pre_activation);
-    if (pre.row_major != out.row_major || p.ld_pre % 8 != 0 || p.stride_pre % 8 != 0 ||
-        p.align_pre < 16) {
-      return std::nullopt;
-    }
   }
   return p;
 }

@@ -134,6 +134,7 @@ void check_built(const char* op, const GradientList& list) {
   for (int64_t i = 0; i < list.tensor_count; ++i) {
     REDLINE_CHECK(list.tensors[i].dtype != DType::float64, op,
                   ": gradients: no kernel for float64");
+    note_address(op, "gradients", list.tensors[i].data, list.tensors[i].dtype);
   }
 }
 
@@ -148,11 +149,13 @@ void run(const GradientNorm& args, Stream stream) {
   using namespace cuda;
   const GradientList& list = args.gradients;
   check_built("gradient_norm", list);
+  note_choice("lists of tensors in chunks of ", gradient_chunk, " elements, a block each");
   auto* const partial = args.partial.as<double>();
   for_batches<Batch>(
       list.tensors, list.tensor_count, gradient_chunk, [&](const Batch& batch, BatchStart start) {
         launch(sum_squares_kernel, config(batch, stream), batch, partial + start.chunk);
       });
+  note_choice("the chunks' sums of squares, in one fixed order");
   launch(finish_kernel, {.grid = dim3(1), .block = dim3(finish_threads), .stream = stream}, partial,
          args.partial.sizes[0], args.norm.as<float>());
 }
@@ -160,6 +163,7 @@ void run(const GradientNorm& args, Stream stream) {
 void run(const ClipCoefficient& args, Stream stream) {
   REDLINE_CHECK(args.norm.dtype == DType::float32, "clip_coefficient: norm: no kernel for ",
                 args.norm.dtype);
+  note_choice("one value");
   cuda::launch(cuda::coefficient_kernel, {.grid = dim3(1), .block = dim3(1), .stream = stream},
                args.norm.as<const float>(), args.max_norm, args.coefficient.as<float>());
 }
@@ -168,6 +172,7 @@ void run(const ScaleGradients& args, Stream stream) {
   using namespace cuda;
   const GradientList& list = args.gradients;
   check_built("scale_gradients", list);
+  note_choice("lists of tensors in chunks of ", gradient_chunk, " elements, a block each");
   for_batches<Batch>(
       list.tensors, list.tensor_count, gradient_chunk, [&](const Batch& batch, BatchStart) {
         launch(scale_kernel, config(batch, stream), batch, args.coefficient.as<const float>());

@@ -1,18 +1,18 @@
-// Host side of a launch: device types of host dtypes, alignment, and the one launch function.
+// Host side of a launch: device types of host dtypes, and the one launch function.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdint>
-#include <initializer_list>
 
 #include "redline/core/check.h"
 #include "redline/core/dtype.h"
 #include "redline/core/stream.h"
 #include "redline/core/tensor_view.h"
+#include "redline/core/watch.h"
+#include "redline/kernels/cuda/alignment.h"
 
 namespace redline::cuda {
 
@@ -32,11 +32,24 @@ struct LaunchConfig {
   Stream stream;
 };
 
+inline void report_launch(Watcher& watcher, const void* kernel, const LaunchConfig& config) {
+  const char* name = nullptr;
+  check_status(cudaFuncGetName(&name, kernel), "cudaFuncGetName");
+  watcher.launch({.kernel = name,
+                  .grid = {config.grid.x, config.grid.y, config.grid.z},
+                  .block = {config.block.x, config.block.y, config.block.z},
+                  .shared_bytes = config.shared_bytes,
+                  .cluster = config.cluster});
+}
+
 // Attributes are added only when asked for: a cluster attribute of 1 makes a launch of 4,096 blocks
 // almost three times slower than none (H200: 11.9 us against 4.4).
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments&&... arguments) {
   if (config.grid.x == 0 || config.grid.y == 0 || config.grid.z == 0) return;
+  if (Watcher* seen = watcher()) {
+    report_launch(*seen, reinterpret_cast<const void*>(kernel), config);
+  }
   // 48 KiB go without asking; the kernel's static arrays count too, 16 KiB at most.
   if (config.shared_bytes > 32 * 1024) {
     check_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -80,20 +93,6 @@ struct DeviceType<bfloat16> {
 };
 template <typename T>
 using device_type = typename DeviceType<T>::type;
-
-// True when 16-byte accesses are legal at the start of every row of every view: address, row stride
-// and row length. Absent views do not count.
-inline bool is_aligned(std::initializer_list<const TensorView*> views) {
-  return std::all_of(views.begin(), views.end(), [](const TensorView* view) {
-    if (!*view) return true;
-    const int64_t bytes = element_bytes(view->dtype);
-    const int last = view->rank - 1;
-    bool aligned =
-        reinterpret_cast<uintptr_t>(view->data) % 16 == 0 && view->sizes[last] * bytes % 16 == 0;
-    for (int i = 0; i < last; ++i) aligned = aligned && view->strides[i] * bytes % 16 == 0;
-    return aligned;
-  });
-}
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -271,6 +271,8 @@ template <typename T, int V, bool Interleaved, Apart Which>
 void launch_rotary(Args args, Stream stream) {
   args.split = split_of(args, V);
   const Split& split = args.split;
+  note_choice(V, " pairs a thread of ", args.heads, " heads",
+              Which == Apart::none ? "" : "; q, k and v lie apart");
   launch(rotary_kernel<T, V, Interleaved, Which>,
          {.grid = dim3(ceil_div(args.tokens, split.block.z), ceil_div(split.chunks, split.block.x)),
           .block = split.block,
@@ -318,12 +320,22 @@ void run(const Rotary& rotary, Stream stream) {
   using namespace cuda;
   if (whole(rotary).numel() == 0) return;
   const Args args = args_of(rotary);
-  const bool aligned =
-      is_aligned({&rotary.x, &rotary.y, &rotary.k, &rotary.v, &rotary.cos, &rotary.sin});
+  const bool aligned = are_aligned("rotary", {{"x", &rotary.x},
+                                              {"y", &rotary.y},
+                                              {"k", &rotary.k},
+                                              {"v", &rotary.v},
+                                              {"cos", &rotary.cos},
+                                              {"sin", &rotary.sin}});
   visit_dtype<float, bfloat16, float16>("rotary: x", rotary.x.dtype, [&]<typename T>() {
     constexpr int vector = vector_size<device_type<T>>;
+    const bool fits = args.pairs % vector == 0;
+    if (aligned && !fits) {
+      note_fallback({"rotary", "cos", "use a rotary_dim of whole vectors of 16 bytes"},
+                    "head parts of ", args.pairs,
+                    " elements are no whole vectors of 16 bytes: one pair per access");
+    }
     const auto choose_width = [&]<bool interleaved, Apart which>() {
-      if (aligned && args.pairs % vector == 0) {
+      if (aligned && fits) {
         launch_rotary<device_type<T>, vector, interleaved, which>(args, stream);
       } else {
         launch_rotary<device_type<T>, 1, interleaved, which>(args, stream);

@@ -55,6 +55,7 @@ inline void sum_chunks(ColumnSums first, ColumnSums second, Stream stream) {
   if (!first.total) return;
   const int64_t chunks = first.partial.sizes[0], cols = first.partial.sizes[1];
   const bool both = static_cast<bool>(second.total);
+  note_choice("partial sums of ", chunks, " chunks of rows, added in index order");
   if (!both) second = first;
   visit_dtype<float, bfloat16, float16>("sum_chunks", first.total.dtype, [&]<typename T>() {
     visit_dtype<float, bfloat16, float16>("sum_chunks", second.total.dtype, [&]<typename U>() {

@@ -156,13 +156,16 @@ void run(const CrossEntropyGradient& args, Stream stream) {
           ceil_div(device.cols + vector_size<T>, int64_t{threads} * vector_size<T> * in_flight);
       const int64_t wanted =
           ceil_div(4 * int64_t{stream.usable_sms()}, std::max<int64_t>(device.rows, 1));
-      visit_bool(is_aligned({&args.logits, &args.logits_grad}), [&]<bool aligned>() {
-        launch(gradient_kernel<T, threads, aligned>,
-               {.grid = row_grid(device.rows, std::min(pieces, wanted)),
-                .block = dim3(threads),
-                .stream = stream},
-               device);
-      });
+      visit_bool(
+          are_aligned("cross_entropy",
+                      {{"logits", &args.logits}, {"logits_grad", &args.logits_grad}}, realigned),
+          [&]<bool aligned>() {
+            launch(gradient_kernel<T, threads, aligned>,
+                   {.grid = row_grid(device.rows, std::min(pieces, wanted)),
+                    .block = dim3(threads),
+                    .stream = stream},
+                   device);
+          });
     });
   });
 }

@@ -14,6 +14,9 @@ namespace {
 template <typename T>
 inline constexpr bool fast = sizeof(T) == 2;
 
+// What a reader does about rows that no 16-byte access may start.
+constexpr const char* realigned = "vectors are shifted into place from two loads";
+
 constexpr int in_flight = 4;  // vectors that a thread loads before it uses the first
 
 // What both readers of the logits know of them.
@@ -63,6 +66,7 @@ Logits logits_of(const Args& args) {
 // Smaller blocks end at different times; rows above 65536 16-bit classes come in small numbers too.
 template <typename Visit>
 void visit_threads(int64_t vectors, Visit visit) {
+  note_choice("a block has a row, of ", vectors, " vectors of 16 bytes");
   if (vectors <= 4 * 32) {
     visit.template operator()<32>();
   } else if (vectors <= 4 * 256) {

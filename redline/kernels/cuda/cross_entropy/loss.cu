@@ -188,10 +188,12 @@ void run(const CrossEntropyStatistics& args, Stream stream) {
   visit_dtype<float, bfloat16, float16>("cross_entropy", args.logits.dtype, [&]<typename Host>() {
     using T = device_type<Host>;
     visit_threads(ceil_div(device.cols, vector_size<T>), [&]<int threads>() {
-      visit_bool(is_aligned({&args.logits}), [&]<bool aligned>() {
-        launch(statistics_kernel<T, threads, aligned>,
-               {.grid = row_grid(device.rows), .block = dim3(threads), .stream = stream}, device);
-      });
+      visit_bool(are_aligned("cross_entropy", {{"logits", &args.logits}}, realigned),
+                 [&]<bool aligned>() {
+                   launch(statistics_kernel<T, threads, aligned>,
+                          {.grid = row_grid(device.rows), .block = dim3(threads), .stream = stream},
+                          device);
+                 });
     });
   });
 }
@@ -211,6 +213,7 @@ void run(const CrossEntropyLoss& args, Stream stream) {
                            .label_smoothing = static_cast<float>(args.label_smoothing),
                            .z_loss = static_cast<float>(args.z_loss)};
   const int64_t chunks = loss_chunks(device.rows);
+  note_choice("the rows' losses", reduced ? ", in chunks added in index order" : "");
   launch(loss_kernel, {.grid = dim3(chunks), .block = dim3(loss_threads), .stream = stream},
          device);
   if (!reduced) return;

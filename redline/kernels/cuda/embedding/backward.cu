@@ -244,6 +244,8 @@ void launch_sum(Backward args, Stream stream) {
   const int64_t zero_blocks = args.accumulate ? 0 : ceil_div(args.vocabulary, zero_rows);
   const int64_t slices = std::clamp<int64_t>(ceil_div(vectors, sum_threads), 1, 65535);
   const bool overlaps = stream.capability >= 90;
+  note_choice("rows of the vocabulary with tokens, each summed once in order of occurrence",
+              zero_blocks > 0 ? "; blocks of their own write zeros for the others" : "");
   launch(sum_kernel<T, Out, V>,
          {.grid = dim3(args.sum_blocks + zero_blocks, slices),
           .block = dim3(sum_threads),
@@ -251,6 +253,7 @@ void launch_sum(Backward args, Stream stream) {
           .stream = stream},
          args);
   if (args.count <= chunk) return;
+  note_choice("rows of more than ", chunk, " tokens: the sums of their chunks, in order");
   launch(chunks_kernel<Out, V>,
          {.grid = dim3(ceil_div(args.count, chunk), slices),
           .block = dim3(sum_threads),
@@ -289,7 +292,8 @@ void run(const EmbeddingBackward& embedding, Stream stream) {
                          .lanes = 1,
                          .sum_blocks = 0,
                          .accumulate = embedding.accumulate};
-  const bool aligned = is_aligned({&y_grad, &weight_grad});
+  const bool aligned =
+      are_aligned("embedding", {{"y_grad", &y_grad}, {"weight_grad", &weight_grad}});
   const bool wide = weight_grad.dtype == DType::float32;
   visit_dtype<float, bfloat16, float16>("embedding: y_grad", y_grad.dtype, [&]<typename T>() {
     using Device = device_type<T>;

@@ -50,6 +50,7 @@ void launch_forward(Forward args, Stream stream) {
   const int64_t vectors = ceil_div(args.hidden, V);
   args.lanes =
       static_cast<int>(std::clamp<int64_t>(ceil_div(vectors, forward_vectors), 1, forward_threads));
+  note_choice(args.lanes, " threads copy a row of ", args.hidden, " columns");
   launch(forward_kernel<T, V>,
          {.grid = dim3(ceil_div(args.tokens.count, forward_threads / args.lanes)),
           .block = dim3(forward_threads),
@@ -70,7 +71,7 @@ void run(const EmbeddingForward& embedding, Stream stream) {
                         .y_stride = y.strides[0],
                         .hidden = y.sizes[1],
                         .lanes = 1};
-  const bool aligned = is_aligned({&weight, &y});
+  const bool aligned = are_aligned("embedding", {{"weight", &weight}, {"y", &y}});
   visit_dtype<float, bfloat16, float16>("embedding: weight", y.dtype, [&]<typename T>() {
     using Device = device_type<T>;
     aligned ? launch_forward<Device, vector_size<Device>>(args, stream)

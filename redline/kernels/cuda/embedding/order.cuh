@@ -157,6 +157,8 @@ __global__ void __launch_bounds__(join_threads)
 void sort_by_runs(const EmbeddingBackward& args, Tokens tokens, Stream stream) {
   const Workspace at = workspace_of(args);
   const int runs = static_cast<int>(ceil_div(tokens.count, run_tokens));
+  note_choice(tokens.count, " tokens, up to ", run_tokens * most_runs, " by runs: each of ",
+              run_tokens, " is sorted, then a token's place is looked for in every one");
   launch(runs_kernel, {.grid = dim3(runs), .block = dim3(run_tokens), .stream = stream}, tokens,
          args.padding_index, at.keys);
   launch(join_kernel,
@@ -201,6 +203,8 @@ void sort_by_radix(const EmbeddingBackward& args, Tokens tokens, Stream stream) 
   const LaunchConfig config = {.grid = dim3(ceil_div(tokens.count, sort_threads)),
                                .block = dim3(sort_threads),
                                .stream = stream};
+  note_choice(tokens.count, " tokens of ", tokens.vocabulary, " rows: more than runs hold, so by ",
+              "CUB's radix sort");
   launch(rows_kernel, config, tokens, args.padding_index, at.keys, at.positions);
   const int64_t used = fixed_size(tokens.count, args.weight_grad.sizes[1]);
   radix_sort(at, at.sort_space, static_cast<size_t>(args.workspace.sizes[0] - used) * 4, tokens,

@@ -127,6 +127,7 @@ __global__ void __launch_bounds__(row_block) row_kernel(const Op op) {
 template <typename Op>
 void launch_rows(const Op& op, bool aligned, Stream stream) {
   const auto launch_shared = [&]<int Threads>() {
+    note_choice("row_scale's gradient: a row is summed by ", Threads, " threads");
     visit_bool(aligned, [&]<bool Aligned>() {
       launch(row_kernel<Op, Threads, Aligned>,
              {.grid = dim3(ceil_div(op.extent.rows, row_block / Threads)),
@@ -172,8 +173,13 @@ int64_t row_parts(DType dtype, int64_t cols) {
 
 void run(const GatedActivationBackward& args, Stream stream) {
   using namespace cuda;
-  const bool aligned = is_aligned({&args.gate, &args.linear, &args.bias, &args.y_grad,
-                                   &args.gate_grad, &args.linear_grad, &args.y});
+  const bool aligned = are_aligned("gated_activation", {{"gate", &args.gate},
+                                                        {"linear", &args.linear},
+                                                        {"bias", &args.bias},
+                                                        {"y_grad", &args.y_grad},
+                                                        {"gate_grad", &args.gate_grad},
+                                                        {"linear_grad", &args.linear_grad},
+                                                        {"y", &args.y}});
   visit_kind(args.activation.kind, args.gate.dtype, [&]<typename T, typename Kind>() {
     const Backward<T, Kind> op{common(args, vector_size<T>),       matrix(args.y_grad, false),
                                matrix(args.gate_grad, false),      matrix(args.linear_grad, false),

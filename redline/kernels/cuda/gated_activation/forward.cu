@@ -40,7 +40,9 @@ struct Forward : Common {
 
 void run(const GatedActivationForward& args, Stream stream) {
   using namespace cuda;
-  const bool aligned = is_aligned({&args.gate, &args.linear, &args.bias, &args.y});
+  const bool aligned = are_aligned(
+      "gated_activation",
+      {{"gate", &args.gate}, {"linear", &args.linear}, {"bias", &args.bias}, {"y", &args.y}});
   visit_kind(args.activation.kind, args.gate.dtype, [&]<typename T, typename Kind>() {
     launch_elements(Forward<T, Kind>{common(args, vector_size<T>), matrix(args.y, false)}, aligned,
                     stream);

@@ -187,6 +187,7 @@ void launch_tile(Backward args, const Plan& plan, Stream stream) {
                     args.y_grad.stride >> 29 != 0 || args.sum_grad.stride >> 29 != 0 ||
                     args.y.stride >> 29 != 0;
   if (wide || layout.ring_bytes + table > limit) return launch_long_backward<Form>(args, stream);
+  note_sharing(args.cols, Tile::lanes, Tile::cluster);
   launch(backward_kernel<Form, Tile>,
          {.grid = dim3(args.chunks * Tile::cluster),
           .block = dim3(plan.threads * plan.groups),
@@ -244,8 +245,13 @@ int64_t norm_chunks(DType y_grad, int64_t rows, int64_t cols, int capability) {
 
 void run(const NormBackward& norm, Stream stream) {
   using namespace cuda;
-  const bool aligned = is_aligned(
-      {&norm.x, &norm.y_grad, &norm.weight, &norm.sum_grad, &norm.x_grad, &norm.bias, &norm.y});
+  const bool aligned = are_aligned(name(norm.norm), {{"x", &norm.x},
+                                                     {"y_grad", &norm.y_grad},
+                                                     {"weight", &norm.weight},
+                                                     {"sum_grad", &norm.sum_grad},
+                                                     {"x_grad", &norm.x_grad},
+                                                     {"bias", &norm.bias},
+                                                     {"y", &norm.y}});
   const TensorView& partial = norm.weight_partial ? norm.weight_partial : norm.bias_partial;
   const int64_t chunks =
       partial ? partial.sizes[0]

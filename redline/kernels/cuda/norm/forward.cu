@@ -277,6 +277,7 @@ __global__ void __launch_bounds__(Threads) long_forward_kernel(const Forward arg
 
 template <typename Form, typename Tile>
 void launch_tile(const Forward& args, int threads, Stream stream) {
+  note_sharing(args.cols, Tile::lanes, Tile::cluster);
   launch(forward_kernel<Form, Tile>,
          {.grid = dim3(ceil_div(args.rows, Tile::groups * Tile::rows) * Tile::cluster),
           .block = dim3(threads),
@@ -305,6 +306,7 @@ void launch_forward(const Forward& args, Stream stream) {
     return launch_tile<Form, Tile<0, 4, 1, 8>>(args, block_threads<4>(ceil_div(vectors, 8)),
                                                stream);
   }
+  note_walk(args.cols);
   launch(long_forward_kernel<Form, 1024>,
          {.grid = dim3(args.rows), .block = dim3(1024), .stream = stream}, args);
 }
@@ -326,8 +328,12 @@ void choose_forward(const Forward& args, bool aligned, Stream stream) {
 
 void run(const NormForward& norm, Stream stream) {
   using namespace cuda;
-  const bool aligned =
-      is_aligned({&norm.x, &norm.residual, &norm.sum, &norm.weight, &norm.bias, &norm.y});
+  const bool aligned = are_aligned(name(norm.norm), {{"x", &norm.x},
+                                                     {"residual", &norm.residual},
+                                                     {"sum", &norm.sum},
+                                                     {"weight", &norm.weight},
+                                                     {"bias", &norm.bias},
+                                                     {"y", &norm.y}});
   const Forward args = {common(norm, norm.x), matrix(norm.residual),
                         matrix(norm.sum),     matrix(norm.bias),
                         matrix(norm.y),       static_cast<float>(norm.epsilon),

@@ -113,6 +113,7 @@ __global__ void __launch_bounds__(Threads) long_partial_kernel(const Backward ar
 
 template <typename Form>
 void launch_long_backward(const Backward& args, Stream stream) {
+  note_walk(args.cols);
   launch(long_x_grad_kernel<Form, 1024>,
          {.grid = dim3(args.rows), .block = dim3(1024), .stream = stream}, args);
   if (args.weight_partial == nullptr && args.bias_partial == nullptr) return;

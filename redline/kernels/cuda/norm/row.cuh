@@ -50,6 +50,22 @@ struct Form {
   static constexpr bool layer = Layer_, aligned = Aligned_;
 };
 
+// Why the launch that follows shares its rows as it does. Lanes: threads of a row within a warp, or
+// 0.
+inline void note_sharing(int64_t cols, int lanes, int cluster) {
+  if (lanes != 0) {
+    note_choice("a row of ", cols, " columns fits ", lanes, " threads of a warp");
+  } else if (cluster == 1) {
+    note_choice("a row of ", cols, " columns fits one block");
+  } else {
+    note_choice("a row of ", cols, " columns does not fit one block: cluster of ", cluster);
+  }
+}
+
+inline void note_walk(int64_t cols) {
+  note_choice("a row of ", cols, " columns outgrows what blocks hold: read again from L2");
+}
+
 template <typename Args>
 Common common(const Args& args, const TensorView& x) {
   // A column index may pass the row's end by one block's step.

@@ -132,8 +132,9 @@ __global__ void __launch_bounds__(sink_threads)
 
 void run(const SoftmaxBackward& args, Stream stream) {
   using namespace cuda;
-  const bool aligned =
-      is_aligned({&args.probabilities, &args.probabilities_grad, &args.scores_grad});
+  const bool aligned = are_aligned("softmax", {{"probabilities", &args.probabilities},
+                                               {"probabilities_grad", &args.probabilities_grad},
+                                               {"scores_grad", &args.scores_grad}});
   const BackwardArgs device = {shape_of(args, args.probabilities),
                                args.probabilities_grad.data,
                                args.probabilities.data,
@@ -157,6 +158,7 @@ void run(const SoftmaxBackward& args, Stream stream) {
     });
   });
   if (!args.sink_probability) return;
+  note_choice("a head's gradient of the sink, in the order of its rows");
   launch(sum_sink_kernel,
          {.grid = dim3(device.heads), .block = dim3(sink_threads), .stream = stream},
          args.sink_rows.as<const float>(), args.sink_grad.as<float>(), device.rows, device.heads,

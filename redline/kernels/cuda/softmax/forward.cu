@@ -2,6 +2,7 @@
 // hold it in registers as it lies in memory: read once, written once; keys that causal and window
 // exclude are written and never read. Rows that outgrow a block are read again from L2. Bound by
 // bytes.
+#include "redline/kernels/cuda/softmax/mask.h"
 #include "redline/kernels/cuda/softmax/rows.cuh"
 
 namespace redline {
@@ -303,21 +304,14 @@ __global__ void __launch_bounds__(512) long_forward_kernel(const ForwardArgs arg
   }
 }
 
-// Every `count` adjacent bytes of a row, from a multiple of `count` on, may be read at once.
-bool by_vectors(const TensorView& mask, int count) {
-  if (mask.strides[3] != 1 || mask.sizes[3] % count != 0) return false;
-  const auto fits = [&](int64_t bytes) { return bytes % count == 0; };
-  return fits(reinterpret_cast<intptr_t>(mask.data)) && fits(mask.strides[0]) &&
-         fits(mask.strides[1]) && fits(mask.strides[2]);
-}
-
 }  // namespace
 }  // namespace cuda
 
 void run(const SoftmaxForward& args, Stream stream) {
   using namespace cuda;
-  const bool aligned = is_aligned({&args.scores, &args.probabilities}) &&
-                       (!args.mask || by_vectors(args.mask, 16 / element_bytes(args.scores.dtype)));
+  const bool aligned =
+      are_aligned("softmax", {{"scores", &args.scores}, {"probabilities", &args.probabilities}}) &&
+      is_read_by_vectors(args.mask, 16 / element_bytes(args.scores.dtype));
   const ForwardArgs device = {shape_of(args, args.scores), args.scores.data,
                               args.mask.as<const bool>(),  args.sink.as<const float>(),
                               args.probabilities.data,     args.sink_probability.as<float>(),

@@ -103,16 +103,19 @@ LaunchConfig config_of(int64_t blocks, int threads, Stream stream) {
 template <typename Visit>
 bool visit_sharing(int64_t vectors, int64_t rows, Visit visit) {
   const int64_t warps = ceil_div(rows, RowThreads<32>::rows);
+  const bool held = vectors <= 4 * RowThreads<0>::most_threads;
+  note_choice("a row of ", vectors, " vectors of 16 bytes ",
+              vectors <= 4 * 32 ? "fits a warp"
+              : held            ? "fits a block"
+                                : "outgrows a block's registers: read again from L2");
   if (vectors <= 32) {
     visit.template operator()<32, 1>(warps, RowThreads<32>::most_threads);
   } else if (vectors <= 4 * 32) {
     visit.template operator()<32, 4>(warps, RowThreads<32>::most_threads);
-  } else if (vectors <= 4 * RowThreads<0>::most_threads) {
+  } else if (held) {
     visit.template operator()<0, 4>(rows, static_cast<int>(ceil_div(vectors, 4 * 32) * 32));
-  } else {
-    return false;
   }
-  return true;
+  return held;
 }
 
 }  // namespace
