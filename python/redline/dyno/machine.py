@@ -7,7 +7,9 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -150,21 +152,34 @@ class Ceilings:
         return asdict(self)
 
 
+def _large_copy(device: torch.device) -> tuple[Callable[[], object], int]:
+    """A copy of far more than the last cache, and the bytes that it reads and writes."""
+    least = 1 << 30 if device.type == "cuda" else 256 << 20
+    source = torch.randn(max(4 * last_cache_bytes(device), least) // 4, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source), 2 * source.nbytes
+
+
+@cache
+def measure_copy(device: torch.device) -> float:
+    """Bytes per second of a large copy, the best run; measured once in a process."""
+    call, nbytes = _large_copy(device)
+    return nbytes / (min(interleave({"copy": call}, device, seconds=0.5).times["copy"]) * 1e-6)
+
+
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """Copies far more than the last cache, and multiplies large matrices; the best run counts."""
     cuda = device.type == "cuda"
-    count = max(4 * last_cache_bytes(device), 256 << 20 if not cuda else 1 << 30) // 4
-    source = torch.randn(count, device=device)
-    target = torch.empty_like(source)
+    copy, nbytes = _large_copy(device)
     side = 8192 if cuda else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     times = interleave(
-        {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(a, b)},
+        {"copy": copy, "matmul": lambda: torch.mm(a, b)},
         device,
         seconds=1.5,
     ).times
     return Ceilings(
-        copy_bytes_per_second=2 * source.nbytes / (min(times["copy"]) * 1e-6),
+        copy_bytes_per_second=nbytes / (min(times["copy"]) * 1e-6),
         matmul_flops_per_second=2 * side**3 / (min(times["matmul"]) * 1e-6),
         dtype=str(dtype).removeprefix("torch."),
     )
