@@ -19,11 +19,15 @@ add_library(
   redline/ops/adamw_optimizer.cpp
   redline/ops/fused_linear_cross_entropy_chunks.cpp
   redline/ops/library.cpp
+  redline/ops/log.cpp
   redline/ops/norm_inner.cpp
   redline/ops/norm_part.cpp
   redline/ops/philox.cpp
+  redline/ops/recorder.cpp
   redline/ops/rotary_run.cpp
-  redline/ops/run.cpp)
+  redline/ops/run.cpp
+  redline/ops/strict.cpp
+  redline/ops/watch.cpp)
 target_link_libraries(redline_ops PUBLIC redline_core torch_wheel PRIVATE redline_kernels)
 target_compile_definitions(redline_ops PRIVATE REDLINE_WITH_CUDA=$<BOOL:${REDLINE_OPS_CUDA}>
                                                REDLINE_VERSION="${REDLINE_VERSION}")

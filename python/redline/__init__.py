@@ -2,7 +2,9 @@
 
 ``redline.ops`` are the operators, ``redline.layers`` the modules, ``redline.optim`` the optimiser;
 ``redline.tune(model)`` puts them into a transformers model, ``redline.untune`` takes them out;
-``redline.graphed(layer, sample)`` replays its forward and backward as CUDA graphs.
+``redline.graphed(layer, sample)`` replays its forward and backward as CUDA graphs;
+``redline.explain(op, *inputs)`` says which kernels run and why, and ``with redline.strict():``
+refuses the slower ones.
 Importing needs no GPU, no driver and no toolkit.
 """
 
@@ -13,7 +15,18 @@ from importlib import import_module
 with suppress(ImportError):
     from redline._library import __version__
 
-__all__ = ["__version__", "extensions", "graphed", "layers", "ops", "optim", "tune", "untune"]
+__all__ = [
+    "__version__",
+    "explain",
+    "extensions",
+    "graphed",
+    "layers",
+    "ops",
+    "optim",
+    "strict",
+    "tune",
+    "untune",
+]
 
 
 def __getattr__(name: str):
@@ -23,6 +36,10 @@ def __getattr__(name: str):
         return import_module("redline.tune").untune
     if name == "graphed":
         return import_module("redline.graphs").graphed
+    if name == "explain":
+        return import_module("redline.explanation").explain
+    if name == "strict":
+        return import_module("redline.strict_mode").strict
     if name in __all__:
         return import_module(f"redline.{name}")
     raise AttributeError(f"module 'redline' has no attribute {name!r}")

@@ -4,6 +4,8 @@
 
 #include <mutex>
 
+#include "redline/ops/strict.h"
+
 namespace redline::layers {
 namespace {
 
@@ -74,7 +76,7 @@ struct Kept : torch::CustomClassHolder {
   size_t inputs;
 };
 
-struct RecomputeFunction : public torch::autograd::Function<RecomputeFunction> {
+struct RecomputeFunction {
   // variables: the inputs, then the parameters.
   static variable_list forward(AutogradContext* ctx, const c10::intrusive_ptr<Kept>& kept,
                                at::TensorList variables) {
@@ -119,7 +121,7 @@ variable_list recompute(const Region& region, const variable_list& inputs) {
   variables.insert(variables.end(), region.parameters.begin(), region.parameters.end());
   const Surroundings surroundings(inputs.front().device(), region.random);
   const auto kept = c10::make_intrusive<Kept>(region, surroundings, inputs.size());
-  return RecomputeFunction::apply(kept, at::TensorList(variables));
+  return ops::StrictNode<RecomputeFunction>::apply(kept, at::TensorList(variables));
 }
 
 }  // namespace redline::layers

@@ -3,6 +3,7 @@
 #include "redline/kernels/activation.h"
 #include "redline/ops/column_sums.h"
 #include "redline/ops/registration.h"
+#include "redline/ops/strict.h"
 
 namespace redline::ops {
 namespace {
@@ -12,9 +13,11 @@ using OptionalTensor = std::optional<Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+constexpr const char* op_name = "activation";
+
 void check_input(const Tensor& x) {
-  TORCH_CHECK(x.dim() >= 1, "activation: x: expected at least one dimension, not a scalar");
-  TORCH_CHECK(at::isFloatingType(x.scalar_type()), "activation: x: expected a floating dtype, not ",
+  TORCH_CHECK(x.dim() >= 1, op_name, ": x: expected at least one dimension, not a scalar");
+  TORCH_CHECK(at::isFloatingType(x.scalar_type()), op_name, ": x: expected a floating dtype, not ",
               x.scalar_type());
 }
 
@@ -22,12 +25,12 @@ void check_input(const Tensor& x) {
 
 Tensor activation_forward(const Tensor& x, const OptionalTensor& bias, std::string_view kind) {
   check_input(x);
-  check_devices("activation", x, {{"bias", value(bias)}});
+  check_devices(op_name, x, {{"bias", value(bias)}});
   const Activation activation = activation_from(kind);
   Tensor y = at::empty_like(x, at::MemoryFormat::Contiguous);
   if (x.is_meta()) return y;
-  const Tensor x_rows = with_rows(x);
-  const OptionalTensor bias_vector = contiguous(bias);
+  const Tensor x_rows = with_rows(op_name, "x", x);
+  const OptionalTensor bias_vector = contiguous(op_name, "bias", bias);
   const bool flat = !bias && x_rows.is_contiguous();
   const ActivationForward args{.kind = activation,
                                .x = flat ? view_flat(x_rows) : view_rows(x_rows),
@@ -50,14 +53,15 @@ struct BackwardOutputs {
 BackwardOutputs backward(const Tensor& y_grad, const Tensor& x, const OptionalTensor& bias,
                          std::string_view kind, Needs needs) {
   check_input(x);
-  check_devices("activation", x, {{"y_grad", y_grad}, {"bias", value(bias)}});
+  check_devices(op_name, x, {{"y_grad", y_grad}, {"bias", value(bias)}});
   const Activation activation = activation_from(kind);
   Tensor x_grad = at::empty_like(x, at::MemoryFormat::Contiguous);
-  Tensor bias_grad = empty_gradient("activation", "bias", bias, needs.bias, x);
+  Tensor bias_grad = empty_gradient(op_name, "bias", bias, needs.bias, x);
   const Tensor y = needs.y ? at::empty_like(x_grad) : Tensor();
   if (x.is_meta()) return {x_grad, bias_grad, y};
-  const Tensor x_rows = with_rows(x), y_grad_rows = with_rows(y_grad);
-  const OptionalTensor bias_vector = contiguous(bias);
+  const Tensor x_rows = with_rows(op_name, "x", x),
+               y_grad_rows = with_rows(op_name, "y_grad", y_grad);
+  const OptionalTensor bias_vector = contiguous(op_name, "bias", bias);
   const bool flat = !bias && x_rows.is_contiguous() && y_grad_rows.is_contiguous();
   const auto viewed = [flat](const Tensor& t) {
     return flat && t.defined() ? view_flat(t) : view_rows(t);
@@ -104,7 +108,7 @@ Tensor call_forward(const Tensor& x, const OptionalTensor& bias, std::string_vie
 
 // --- derivative ---------------------------------------------------------------------------------
 
-struct ActivationFunction : public torch::autograd::Function<ActivationFunction> {
+struct ActivationFunction {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& bias,
                                const std::string& kind) {
     const at::AutoDispatchBelowADInplaceOrView below;
@@ -124,7 +128,7 @@ struct ActivationFunction : public torch::autograd::Function<ActivationFunction>
 };
 
 Tensor differentiable(const Tensor& x, const OptionalTensor& bias, std::string_view kind) {
-  return ActivationFunction::apply(x, bias, std::string(kind))[0];
+  return StrictNode<ActivationFunction>::apply(x, bias, std::string(kind))[0];
 }
 
 void implement_inner(torch::Library& m) {

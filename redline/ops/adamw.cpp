@@ -76,12 +76,12 @@ std::vector<AdamWTensor> flat_tensors(const AdamWLists& lists, DenseTensors& den
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Tensor& like = lists.parameters[i];
     AdamWTensor& tensor = tensors[i];
-    tensor.parameter = dense.write(like, like);
-    tensor.gradient = dense.read(lists.gradients[i], like);
-    tensor.exp_avg = dense.write(lists.exp_avgs[i], like);
-    tensor.exp_avg_sq = dense.write(lists.exp_avg_sqs[i], like);
+    tensor.parameter = dense.write("parameters", like, like);
+    tensor.gradient = dense.read("gradients", lists.gradients[i], like);
+    tensor.exp_avg = dense.write("exp_avgs", lists.exp_avgs[i], like);
+    tensor.exp_avg_sq = dense.write("exp_avg_sqs", lists.exp_avg_sqs[i], like);
     if (!lists.masters.empty()) {
-      tensor.master = static_cast<float*>(dense.write(lists.masters[i], like));
+      tensor.master = static_cast<float*>(dense.write("masters", lists.masters[i], like));
     }
     tensor.step = lists.steps[i].data_ptr<float>();
     tensor.count = like.numel();
@@ -96,7 +96,7 @@ void step_lists(const AdamWLists& lists, const AdamWScalars& scalars, const Adam
   check_lengths(lists);
   if (lists.parameters.empty() || lists.parameters[0].is_meta()) return;
   check_arguments(lists, scalars);
-  DenseTensors dense;
+  DenseTensors dense(op_name);
   const std::vector<AdamWTensor> tensors = flat_tensors(lists, dense);
   constexpr int64_t factor_count = sizeof(AdamWFactors) / sizeof(double);
   const Tensor factors = at::empty({static_cast<int64_t>(tensors.size()), factor_count},
@@ -114,7 +114,7 @@ void step_lists(const AdamWLists& lists, const AdamWScalars& scalars, const Adam
                        .weight_decay = options.weight_decay};
   if (!run_on_cuda(lists.parameters[0], args)) {
     begin(args);
-    parallel_ranges(cpu::adamw_chunks(args), chunks_per_task,
+    parallel_ranges(cpu::adamw_chunks(args), chunks_per_task, "chunks of the lists",
                     [&](Range chunks) { run(args, chunks); });
   }
   dense.write_back();

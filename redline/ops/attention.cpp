@@ -1,5 +1,7 @@
 #include "redline/ops/attention.h"
 
+#include <ATen/SDPBackend.h>
+
 #include <cmath>
 
 #include "redline/ops/registration.h"
@@ -101,15 +103,40 @@ double scale_of(const Tensor& q, const AttentionOptions& options) {
 
 // --- torch's kernels ----------------------------------------------------------------------------
 
-bool is_plain(const Tensor& q, const Tensor& k, const AttentionOptions& options) {
+// The option that torch's kernels do not serve, and what to do without it; nothing where they do.
+std::optional<Fallback> unserved(const Tensor& q, const Tensor& k,
+                                 const AttentionOptions& options) {
+  const auto option = [](const char* name, const char* instead) {
+    return Fallback{op_name, name, instead};
+  };
+  if (options.cu_seqlens_q) return option("cu_seqlens_q", "give a batch of padded sequences");
+  if (options.sink) return option("sink", "give none");
+  if (options.softcap) return option("softcap", "give none");
+  if (options.return_log_sum_exp) return option("return_log_sum_exp", "leave it false");
+  if (options.return_max_logit) return option("return_max_logit", "leave it false");
+  if (options.deterministic && q.is_cuda()) return option("deterministic", "leave it false");
   const Window window = window_of(options);
-  if (options.cu_seqlens_q || options.sink || options.softcap || options.return_log_sum_exp ||
-      options.return_max_logit || window.before >= 0 || (options.deterministic && q.is_cuda())) {
-    return false;
-  }
+  if (window.before >= 0 || window.after > 0) return option("window", "give none");
   // One query sees every key; torch's causal mask is aligned at the top left.
-  return window.after < 0 ||
-         (window.after == 0 && (q.sym_size(1) == k.sym_size(1) || q.sym_size(1) == 1));
+  const bool aligned = window.after < 0 || q.sym_size(1) == k.sym_size(1) || q.sym_size(1) == 1;
+  if (!aligned) return option("causal", "give as many queries as keys, or one");
+  return std::nullopt;
+}
+
+// Tells a watcher which of torch's kernels will run.
+void note_torch(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
+                const AttentionOptions& options) {
+  if (watcher() == nullptr || q.is_meta() || q.key_set().has(c10::DispatchKey::Python)) return;
+  const bool grouped = q.sym_size(1) != k.sym_size(1);
+  const int64_t backend = at::_fused_sdp_choice(q, k, v, /*attn_mask=*/{}, /*dropout_p=*/0.0,
+                                                causal, options.scale, grouped);
+  if (static_cast<at::SDPBackend>(backend) == at::SDPBackend::math) {
+    note_fallback({op_name, "q", "use a 16-bit dtype and a head_dim that torch's kernels have"},
+                  "torch has no fused kernel for ", c10::str(q.scalar_type()), " heads of ",
+                  q.size(-1), ": products and a softmax that hold all scores");
+  } else {
+    note_choice("torch's fused kernel: no option asks for more");
+  }
 }
 
 // Each key head for all of the query heads that share it.
@@ -126,9 +153,10 @@ Tensor attend_plain(const Tensor& q, const Tensor& key, const Tensor& value,
   const Tensor k = repeats ? repeat_heads(key, q.sym_size(2), 2) : key;
   const Tensor v = repeats ? repeat_heads(value, q.sym_size(2), 2) : value;
   const bool grouped = q.sym_size(2) != k.sym_size(2);
-  return at::scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                                          /*attn_mask=*/{}, /*dropout_p=*/0.0, causal,
-                                          options.scale, grouped)
+  const Tensor queries = q.transpose(1, 2), keys = k.transpose(1, 2), values = v.transpose(1, 2);
+  note_torch(queries, keys, values, causal, options);
+  return at::scaled_dot_product_attention(queries, keys, values, /*attn_mask=*/{},
+                                          /*dropout_p=*/0.0, causal, options.scale, grouped)
       .transpose(1, 2)
       .contiguous();  // torch's math kernel lays the heads first
 }
@@ -248,10 +276,14 @@ Results run(const Tensor& query, const Tensor& key, const Tensor& value,
   check_shapes(q, k, v);
   check_options(q, options);
   const c10::impl::ExcludeDispatchKeyGuard off(c10::autocast_dispatch_keyset);
-  if (is_plain(q, k, options)) {
+  const auto reason = unserved(q, k, options);
+  if (!reason) {
     const auto none = q.options().dtype(accumulation_type(q));
     return {attend_plain(q, k, v, options), at::empty({0}, none), at::empty({0}, none)};
   }
+  note_fallback(*reason,
+                "torch's fused kernels do not serve it: products and a masked softmax that "
+                "hold all scores");
   if (!options.cu_seqlens_q) return attend_by_reference(q, k, v, {}, options);
   const auto [out, log_sum_exp, max_logit] = attend_by_reference(
       q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), packed_mask(q, k, options), options);

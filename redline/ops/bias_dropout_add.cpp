@@ -4,6 +4,7 @@
 #include "redline/ops/column_sums.h"
 #include "redline/ops/philox.h"
 #include "redline/ops/registration.h"
+#include "redline/ops/strict.h"
 
 namespace redline::ops {
 namespace {
@@ -41,8 +42,9 @@ std::tuple<Tensor, Tensor> bias_dropout_add_forward(const Tensor& x, const Optio
   Tensor y = at::empty_like(residual, at::MemoryFormat::Contiguous);
   Tensor rng_state = at::empty({random ? 2 : 0}, x.options().dtype(at::kLong));
   if (x.is_meta()) return {y, rng_state};
-  const Tensor x_rows = with_rows(x), residual_rows = with_rows(residual);
-  const OptionalTensor bias_vector = contiguous(bias);
+  const Tensor x_rows = with_rows(op_name, "x", x),
+               residual_rows = with_rows(op_name, "residual", residual);
+  const OptionalTensor bias_vector = contiguous(op_name, "bias", bias);
   const bool flat = !bias && x_rows.is_contiguous() && residual_rows.is_contiguous();
   const auto viewed = [flat](const Tensor& t) { return flat ? view_flat(t) : view_rows(t); };
   BiasDropoutAddForward args{.x = viewed(x_rows),
@@ -71,7 +73,7 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward(const Tensor& y_grad, const
       at::empty_like(y_grad, y_grad.options().dtype(x_dtype), at::MemoryFormat::Contiguous);
   Tensor bias_grad = empty_gradient(op_name, "bias", bias, needs_bias, x_grad);
   if (y_grad.is_meta()) return {x_grad, bias_grad};
-  const Tensor y_grad_rows = with_rows(y_grad);
+  const Tensor y_grad_rows = with_rows(op_name, "y_grad", y_grad);
   const bool flat = !needs_bias && y_grad_rows.is_contiguous();
   const auto viewed = [flat](const Tensor& t) { return flat ? view_flat(t) : view_rows(t); };
   const TensorView x_grad_view = viewed(x_grad);
@@ -100,7 +102,7 @@ std::tuple<Tensor, Tensor> call_forward(const Tensor& x, const OptionalTensor& b
 
 // --- derivative ---------------------------------------------------------------------------------
 
-struct BiasDropoutAddFunction : public torch::autograd::Function<BiasDropoutAddFunction> {
+struct BiasDropoutAddFunction {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& bias,
                                const Tensor& residual, double probability, bool training) {
     const at::AutoDispatchBelowADInplaceOrView below;
@@ -132,7 +134,7 @@ struct BiasDropoutAddFunction : public torch::autograd::Function<BiasDropoutAddF
 
 Tensor differentiable(const Tensor& x, const OptionalTensor& bias, const Tensor& residual,
                       double probability, bool training) {
-  return BiasDropoutAddFunction::apply(x, bias, residual, probability, training)[0];
+  return StrictNode<BiasDropoutAddFunction>::apply(x, bias, residual, probability, training)[0];
 }
 
 Tensor without_derivative(const Tensor& x, const OptionalTensor& bias, const Tensor& residual,

@@ -32,8 +32,10 @@ inline ColumnSums column_sums(const at::Tensor& partial, const at::Tensor& total
 // Runs a backward kernel with column sums on the CPU: its chunks, then the sums' columns.
 template <typename Args>
 void run_chunks(const Args& args, const ColumnSums& sums) {
-  parallel_ranges(sums.partial.sizes[0], 1, [&](Range chunks) { run(args, chunks); });
-  parallel_ranges(sums.partial.sizes[1], 4096, [&](Range cols) { finish(args, cols); });
+  parallel_ranges(sums.partial.sizes[0], 1, unit_of_chunks,
+                  [&](Range chunks) { run(args, chunks); });
+  parallel_ranges(sums.partial.sizes[1], 4096, unit_of_sums,
+                  [&](Range cols) { finish(args, cols); });
 }
 
 }  // namespace redline::ops

@@ -8,6 +8,7 @@
 #include "redline/kernels/cross_entropy.h"
 #include "redline/ops/registration.h"
 #include "redline/ops/run.h"
+#include "redline/ops/strict.h"
 
 namespace redline::ops {
 namespace {
@@ -39,10 +40,6 @@ void check_inputs(const Tensor& logits, const Tensor& targets) {
   check_devices(op_name, logits, {{"targets", targets}});
 }
 
-Tensor flat_targets(const Tensor& targets) {
-  return targets.to(at::kLong).reshape({-1}).contiguous();
-}
-
 // --- inner ops ----------------------------------------------------------------------------------
 
 Tensor cross_entropy_statistics(const Tensor& logits, const Tensor& targets,
@@ -52,7 +49,8 @@ Tensor cross_entropy_statistics(const Tensor& logits, const Tensor& targets,
   const Tensor statistics = at::empty_symint({targets.sym_numel(), with_sum ? 4 : 3},
                                              logits.options().dtype(accumulation_type(logits)));
   if (logits.is_meta()) return statistics;
-  const Tensor logit_rows = with_rows(logits), rows = flat_targets(targets);
+  const Tensor logit_rows = with_rows(op_name, "logits", logits),
+               rows = flat_targets(op_name, targets);
   const CrossEntropyStatistics args{.logits = view_rows(logit_rows),
                                     .targets = view(rows),
                                     .statistics = view(statistics),
@@ -78,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_loss(const Tensor& statistics,
       reduced ? at::empty({}, options) : at::empty_symint(targets.sym_sizes(), options);
   const Tensor count = reduced ? at::empty({}, options) : no_output(statistics);
   if (statistics.is_meta()) return {loss, log_sum_exp, count};
-  const Tensor rows = flat_targets(targets);
+  const Tensor rows = flat_targets(op_name, targets);
   const Tensor row_loss = reduced ? at::empty({rows.numel()}, options) : loss.view({-1});
   const Tensor partial = reduced && statistics.is_cuda()
                              ? at::empty({loss_chunks(rows.numel()), 2}, options)
@@ -97,14 +95,14 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_loss(const Tensor& statistics,
                               .reduction = reduction};
   if (!statistics.is_cuda()) check_targets(op_name, args.targets, args.vocabulary, ignore_index);
   if (run_on_cuda(statistics, args)) return {loss, log_sum_exp, count};
-  parallel_ranges(rows.numel(), 4096, [&](Range range) { run(args, range); });
+  parallel_ranges(rows.numel(), 4096, "rows", [&](Range range) { run(args, range); });
   if (reduced) finish(args);
   return {loss, log_sum_exp, count};
 }
 
 void write_gradient(const Tensor& logits, const Tensor& logits_grad,
                     const CrossEntropyUpstream& in) {
-  const Tensor rows = flat_targets(in.targets);
+  const Tensor rows = flat_targets(op_name, in.targets);
   const auto type = accumulation_type(logits);
   const Tensor loss_grad = in.loss_grad.to(type).reshape({-1}).contiguous();
   OptionalTensor lse_grad = in.log_sum_exp_grad;
@@ -141,7 +139,7 @@ Tensor cross_entropy_gradient(const Tensor& logits, const Tensor& targets, const
   if (logits.is_meta()) return logits_grad;
   const CrossEntropyOptions formula = {"", ignore_index, label_smoothing, z_loss, logit_softcap};
   write_gradient(
-      with_rows(logits), logits_grad,
+      with_rows(op_name, "logits", logits), logits_grad,
       {targets, statistics, loss_grad, log_sum_exp_grad, count, vocab_start, vocabulary, formula});
   return logits_grad;
 }
@@ -157,7 +155,7 @@ void cross_entropy_gradient_inplace(Tensor& logits, const Tensor& targets, const
   // Whoever saved the logits too then gets torch's error, not these values.
   if (!logits.is_inference()) torch::autograd::impl::bump_version(logits);
   if (logits.is_meta()) return;
-  const Tensor rows = with_rows(logits);  // a copy where the layout asks for one
+  const Tensor rows = with_rows(op_name, "logits", logits);  // a copy where the layout asks for one
   const CrossEntropyOptions formula = {"", ignore_index, label_smoothing, z_loss, logit_softcap};
   write_gradient(
       rows, rows,
@@ -196,7 +194,7 @@ void check_overwritable(const Tensor& logits) {
               "values the gradient would replace");
 }
 
-struct CrossEntropyFunction : public torch::autograd::Function<CrossEntropyFunction> {
+struct CrossEntropyFunction {
   // {loss, log_sum_exp}
   static variable_list forward(AutogradContext* ctx, const Tensor& logits, const Tensor& targets,
                                const CrossEntropyOptions& options, bool with_log_sum_exp) {
@@ -230,7 +228,7 @@ struct CrossEntropyFunction : public torch::autograd::Function<CrossEntropyFunct
 variable_list differentiable(const Tensor& logits, const Tensor& targets,
                              const CrossEntropyOptions& options, bool with_log_sum_exp) {
   if (options.inplace_backward) check_overwritable(logits);
-  return CrossEntropyFunction::apply(logits, targets, options, with_log_sum_exp);
+  return StrictNode<CrossEntropyFunction>::apply(logits, targets, options, with_log_sum_exp);
 }
 
 variable_list without_derivative(const Tensor& logits, const Tensor& targets,

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "redline/ops/torch.h"
+#include "redline/ops/view.h"
 
 namespace redline::ops {
 
@@ -11,13 +11,17 @@ namespace redline::ops {
 // not is worked on as a copy; write_back() returns those that were written.
 class DenseTensors {
  public:
-  const void* read(const at::Tensor& tensor, const at::Tensor& like) {
-    return fits(tensor, like) ? tensor.const_data_ptr() : copy_of(tensor, like).const_data_ptr();
+  explicit DenseTensors(const char* op) : op_(op) {}
+
+  // `list`: the name of the op's argument.
+  const void* read(const char* list, const at::Tensor& tensor, const at::Tensor& like) {
+    if (fits(tensor, like)) return tensor.const_data_ptr();
+    return copy_of(list, tensor, like).const_data_ptr();
   }
 
-  void* write(const at::Tensor& tensor, const at::Tensor& like) {
+  void* write(const char* list, const at::Tensor& tensor, const at::Tensor& like) {
     if (fits(tensor, like)) return tensor.data_ptr();
-    const at::Tensor copy = copy_of(tensor, like);
+    const at::Tensor copy = copy_of(list, tensor, like);
     written_.emplace_back(tensor, copy);
     return copy.data_ptr();
   }
@@ -33,13 +37,15 @@ class DenseTensors {
   }
 
   // empty_like keeps a dense layout and makes any other contiguous: the same for one `like`.
-  at::Tensor copy_of(const at::Tensor& tensor, const at::Tensor& like) {
+  at::Tensor copy_of(const char* list, const at::Tensor& tensor, const at::Tensor& like) {
+    note_copy(op_, list, tensor);
     at::Tensor copy = at::empty_like(like, tensor.options());
     copy.copy_(tensor);
     copies_.push_back(copy);
     return copy;
   }
 
+  const char* op_;
   std::vector<at::Tensor> copies_;
   std::vector<std::pair<at::Tensor, at::Tensor>> written_;
 };

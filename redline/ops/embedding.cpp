@@ -3,6 +3,7 @@
 #include "redline/kernels/embedding.h"
 #include "redline/ops/registration.h"
 #include "redline/ops/run.h"
+#include "redline/ops/strict.h"
 
 namespace redline::ops {
 namespace {
@@ -52,12 +53,14 @@ Tensor embedding_forward(const Tensor& tokens, const Tensor& weight) {
   sizes.push_back(weight.sym_size(1));
   Tensor y = at::empty_symint(sizes, weight.options());
   if (weight.is_meta()) return y;
-  const Tensor flat = tokens.contiguous(), weight_rows = with_rows(weight);
+  const Tensor flat = contiguous("embedding", "tokens", tokens),
+               weight_rows = with_rows("embedding", "weight", weight);
+  note_bytes(flat.nbytes() + 2 * y.nbytes());  // the rows of the tokens alone
   const EmbeddingForward args{
       .tokens = view_flat(flat), .weight = view_rows(weight_rows), .y = view_rows(y)};
   if (run_on_cuda(weight, args)) return y;
   check_tokens(args.tokens, weight.size(0));
-  parallel_ranges(flat.numel(), rows_per_task(weight.size(1)),
+  parallel_ranges(flat.numel(), rows_per_task(weight.size(1)), "tokens",
                   [&](Range range) { run(args, range); });
   return y;
 }
@@ -117,8 +120,11 @@ void check_overlap(const Tensor& buffer, const Tensor& y_grad) {
 // Adds to `weight_grad`, or fills it.
 void sum_gradients(const Tensor& y_grad, const Tensor& tokens, const Tensor& weight_grad,
                    std::optional<int64_t> padding_idx, bool accumulate) {
-  const Tensor flat = tokens.contiguous(), y_grad_rows = with_rows(y_grad);
+  const Tensor flat = contiguous("embedding", "tokens", tokens),
+               y_grad_rows = with_rows("embedding", "y_grad", y_grad);
   const int64_t count = flat.numel(), vocabulary = weight_grad.size(0), hidden = y_grad.size(-1);
+  const int64_t written = accumulate ? 2 * std::min(count, vocabulary) : vocabulary;  // rows
+  note_bytes(flat.nbytes() + y_grad.nbytes() + written * hidden * weight_grad.element_size());
   const Tensor workspace =
       at::empty({workspace_size(y_grad, count, vocabulary)}, tokens.options().dtype(at::kInt));
   const EmbeddingBackward args{.y_grad = view_rows(y_grad_rows),
@@ -129,7 +135,9 @@ void sum_gradients(const Tensor& y_grad, const Tensor& tokens, const Tensor& wei
                                .accumulate = accumulate};
   if (run_on_cuda(y_grad, args)) return;
   sort_tokens(args);
-  parallel_ranges(vocabulary, rows_per_task(hidden), [&](Range range) { run(args, range); });
+  parallel_ranges(vocabulary, rows_per_task(hidden),
+                  "rows of the table, each with its tokens in order,",
+                  [&](Range range) { run(args, range); });
 }
 
 Tensor backward(const Tensor& y_grad, const Tensor& tokens, c10::SymInt vocabulary,
@@ -166,7 +174,7 @@ Tensor call_forward(const Tensor& tokens, const Tensor& weight) {
   return op.call(tokens, weight);
 }
 
-struct EmbeddingFunction : public torch::autograd::Function<EmbeddingFunction> {
+struct EmbeddingFunction {
   static Tensor forward(AutogradContext* ctx, const Tensor& weight, const Tensor& tokens,
                         std::optional<int64_t> padding_idx) {
     ctx->save_for_backward({tokens});
@@ -191,7 +199,7 @@ Tensor differentiable(const Tensor& tokens, const Tensor& weight,
   const bool has_node =
       (at::GradMode::is_enabled() && weight.requires_grad()) || weight._fw_grad(0).defined();
   if (!has_node) return call_forward(tokens, weight);
-  return EmbeddingFunction::apply(weight, tokens, padding_idx);
+  return StrictNode<EmbeddingFunction>::apply(weight, tokens, padding_idx);
 }
 
 Tensor without_derivative(const Tensor& tokens, const Tensor& weight,

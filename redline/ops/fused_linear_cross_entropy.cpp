@@ -3,6 +3,7 @@
 #include "redline/ops/fused_linear_cross_entropy_chunks.h"
 #include "redline/ops/registration.h"
 #include "redline/ops/run.h"
+#include "redline/ops/strict.h"
 
 namespace redline::ops {
 namespace {
@@ -42,8 +43,7 @@ void check_head(const LossHead& head, const Options& options) {
 
 // --- derivative ---------------------------------------------------------------------------------
 
-struct FusedLinearCrossEntropyFunction
-    : public torch::autograd::Function<FusedLinearCrossEntropyFunction> {
+struct FusedLinearCrossEntropyFunction {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
                         const OptionalTensor& bias, const Tensor& targets, const Options& options) {
     const at::AutoDispatchBelowADInplaceOrView below;
@@ -118,8 +118,8 @@ Tensor differentiable(const LossHead& head, const Options& options) {
     return without_derivative(head, options);
   }
   check_head(head, options);
-  return FusedLinearCrossEntropyFunction::apply(head.x, head.weight, head.bias, head.targets,
-                                                options);
+  return StrictNode<FusedLinearCrossEntropyFunction>::apply(head.x, head.weight, head.bias,
+                                                            head.targets, options);
 }
 
 // --- the schema's form --------------------------------------------------------------------------

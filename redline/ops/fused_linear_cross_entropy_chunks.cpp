@@ -78,7 +78,7 @@ struct Rows {
       : x(rows_of(head.x)),
         weight(head.weight),
         bias(head.bias),
-        targets(head.targets.to(at::kLong).reshape({-1}).contiguous()),
+        targets(flat_targets(op_name, head.targets)),
         tokens(x.size(0)),
         vocabulary(weight.size(0)) {
     TORCH_CHECK(vocabulary > 0, op_name, ": weight: expected at least one class, not ",

@@ -3,6 +3,7 @@
 #include "redline/kernels/gated_activation.h"
 #include "redline/ops/column_sums.h"
 #include "redline/ops/registration.h"
+#include "redline/ops/strict.h"
 
 namespace redline::ops {
 namespace {
@@ -86,8 +87,10 @@ Tensor forward(const Tensor& x, const OptionalTensor& linear, const Options& opt
   check_inputs(x, linear, options);
   Tensor y = empty_output(x, linear);
   if (x.is_meta()) return y;
-  const Tensor x_rows = with_rows(x), linear_rows = with_rows(value(linear));
-  const OptionalTensor bias = contiguous(options.bias), row_scale = contiguous(options.row_scale);
+  const Tensor x_rows = with_rows(op_name, linear ? "gate" : "x", x),
+               linear_rows = with_rows(op_name, "linear", value(linear));
+  const OptionalTensor bias = contiguous(op_name, "bias", options.bias),
+                       row_scale = contiguous(op_name, "row_scale", options.row_scale);
   const auto [gate_view, linear_view] = halves(x_rows, linear_rows);
   const GatedActivationForward args{.activation = kind,
                                     .gate = gate_view,
@@ -135,9 +138,11 @@ Gradients backward(const Tensor& y_grad, const Tensor& x, const OptionalTensor& 
       like("bias", needs.bias, options.bias), like("row_scale", needs.row_scale, options.row_scale),
       needs.y ? empty_output(x, linear) : Tensor()};
   if (x.is_meta()) return out;
-  const Tensor x_rows = with_rows(x), linear_rows = with_rows(value(linear)),
-               y_grad_rows = with_rows(y_grad);
-  const OptionalTensor bias = contiguous(options.bias), row_scale = contiguous(options.row_scale);
+  const Tensor x_rows = with_rows(op_name, linear ? "gate" : "x", x),
+               linear_rows = with_rows(op_name, "linear", value(linear)),
+               y_grad_rows = with_rows(op_name, "y_grad", y_grad);
+  const OptionalTensor bias = contiguous(op_name, "bias", options.bias),
+                       row_scale = contiguous(op_name, "row_scale", options.row_scale);
   const auto [gate_view, linear_view] = halves(x_rows, linear_rows);
   const auto [gate_grad, linear_grad] = halves(out.x, linear ? out.linear : Tensor());
   const Tensor partial = column_partial(out.bias, needs.bias, gate_view);
@@ -218,7 +223,7 @@ Gradients call_backward(const Tensor& y_grad, const variable_list& saved, const 
 
 // --- derivative ---------------------------------------------------------------------------------
 
-struct GatedActivationFunction : public torch::autograd::Function<GatedActivationFunction> {
+struct GatedActivationFunction {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& linear,
                                const OptionalTensor& bias, const OptionalTensor& row_scale,
                                const OptionalTensor& row_count, const Options& in) {
@@ -256,7 +261,8 @@ struct GatedActivationFunction : public torch::autograd::Function<GatedActivatio
 };
 
 Tensor differentiable(const Tensor& x, const OptionalTensor& linear, const Options& in) {
-  return GatedActivationFunction::apply(x, linear, in.bias, in.row_scale, in.row_count, in)[0];
+  return StrictNode<GatedActivationFunction>::apply(x, linear, in.bias, in.row_scale, in.row_count,
+                                                    in)[0];
 }
 
 // The public ops of one dispatch key.

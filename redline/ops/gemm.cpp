@@ -71,6 +71,10 @@ at::ScalarType check_options(const Tensor& a, const Tensor& b, const GemmOptions
 
 // --- ATen's products ----------------------------------------------------------------------------
 
+void note_product(const Tensor& factor) {
+  note_choice("the product is the library's: ", factor.is_cuda() ? "cuBLAS" : "oneDNN or MKL");
+}
+
 Tensor product_by_aten(const Tensor& a, const Tensor& b, const OptionalTensor& bias) {
   if (a.dim() == 2) return bias ? at::addmm(*bias, a, b) : at::mm(a, b);
   return bias ? at::baddbmm(*bias, a, b) : at::bmm(a, b);
@@ -78,11 +82,17 @@ Tensor product_by_aten(const Tensor& a, const Tensor& b, const OptionalTensor& b
 
 // In the accumulation dtype: no product of ATen's on the CPU is wider than its factors.
 Tensor wide_product(const Tensor& a, const Tensor& b, const OptionalTensor& bias) {
+  if (!a.is_cuda() && is_16_bit(a.scalar_type())) {
+    note_fallback({op_name, "out", "give float32 factors, or no main_grad"},
+                  "the CPU has no product that adds up 16-bit factors in float32: they are copied "
+                  "to it");
+  }
   const at::ScalarType wide = accumulation_type(a);
   return product_by_aten(a.to(wide), b.to(wide), bias ? OptionalTensor(bias->to(wide)) : bias);
 }
 
 Tensor gemm_by_aten(const Tensor& a, const Tensor& b, const GemmOptions& options) {
+  note_product(a);
   const bool same = options.out_dtype.value_or(a.scalar_type()) == a.scalar_type();
   const Tensor y = same ? product_by_aten(a, b, options.bias) : wide_product(a, b, options.bias);
   switch (epilogue_from(options.epilogue)) {
@@ -110,6 +120,7 @@ void epilogue_by_aten(const GemmOperands& o) {
 }
 
 void product_out_by_aten(const GemmOperands& o) {
+  note_product(o.a);
   Tensor out = o.out;
   const OptionalTensor bias = optional(o.bias);
   const at::ScalarType dtype = o.a.scalar_type();
@@ -144,17 +155,19 @@ bool allows_tf32() {
 }
 
 // The tensor, or a contiguous copy where neither rows nor columns are adjacent.
-Tensor as_matrix(const Tensor& tensor) {
-  return !tensor.defined() || matrix_layout(view(tensor)) ? tensor : tensor.contiguous();
+Tensor as_matrix(const char* name, const Tensor& tensor) {
+  if (!tensor.defined() || matrix_layout(view(tensor))) return tensor;
+  return contiguous(op_name, name, tensor);
 }
 
 // With strides that the library can read: copies of what has others.
 GemmOperands as_matrices(const GemmOperands& o) {
   GemmOperands matrices = o;
-  for (Tensor* tensor : {&matrices.a, &matrices.b, &matrices.out, &matrices.pre_activation}) {
-    *tensor = as_matrix(*tensor);
-  }
-  if (o.bias.defined()) matrices.bias = o.bias.contiguous();
+  matrices.a = as_matrix("a", o.a);
+  matrices.b = as_matrix("b", o.b);
+  matrices.out = as_matrix("out", o.out);
+  matrices.pre_activation = as_matrix("pre_activation", o.pre_activation);
+  if (o.bias.defined()) matrices.bias = contiguous(op_name, "bias", o.bias);
   return matrices;
 }
 
@@ -235,6 +248,7 @@ std::tuple<Tensor, Tensor> gemm_gelu_kernel(const Tensor& a, const Tensor& b,
                                             const OptionalTensor& bias) {
   check_options(a, b, {.bias = bias, .epilogue = "gelu"});
   if (!a.is_meta() && !is_for_library(a, b)) {
+    note_product(a);
     const Tensor pre = product_by_aten(a, b, bias);
     return {at::gelu(pre, "tanh"), pre};
   }
@@ -314,6 +328,9 @@ void gemm_out(const GemmOperands& o) {
   } else if (dtype == o.a.scalar_type() || dtype == at::kFloat) {
     gemm_out_by_library(o);
   } else {  // a buffer of a type that the library does not write beside these factors
+    note_fallback({op_name, "out", "give it float32 or of the factors' dtype"},
+                  "cuBLASLt writes no ", c10::str(dtype), " beside factors of ",
+                  c10::str(o.a.scalar_type()), ": a float32 product is copied to it");
     const Tensor sum = at::empty(o.out.sizes(), o.a.options().dtype(at::kFloat));
     const Tensor bias = o.bias.defined() ? o.bias.to(at::kFloat) : o.bias;
     gemm_out_by_library({.a = o.a, .b = o.b, .out = sum, .bias = bias});

@@ -13,6 +13,8 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
+constexpr const char* chunks_of_list = "chunk of the list";
+
 void check_gradients(const char* op, TensorList gradients) {
   TORCH_CHECK(!gradients.empty(), op, ": gradients: expected one tensor or more, not none");
   for (size_t i = 0; i < gradients.size(); ++i) {
@@ -33,18 +35,18 @@ Tensor norm_of(TensorList gradients) {
   const Tensor& first = gradients[0];
   const Tensor norm = at::empty({}, first.options().dtype(accumulation_type(first)));
   if (first.is_meta()) return norm;
-  std::vector<Tensor> contiguous;  // the order of a sum must not depend on strides
+  std::vector<Tensor> copies;  // the order of a sum must not depend on strides
   std::vector<GradientTensor> tensors;
   for (const Tensor& gradient : gradients) {
-    contiguous.push_back(gradient.contiguous());
-    tensors.push_back(flat_tensor(contiguous.back().data_ptr(), gradient));
+    copies.push_back(contiguous("gradient_norm", "gradients", gradient));
+    tensors.push_back(flat_tensor(copies.back().data_ptr(), gradient));
   }
   const GradientList list{tensors.data(), static_cast<int64_t>(tensors.size())};
   const int64_t chunks = gradient_chunks(list);
   const Tensor partial = at::empty({chunks}, first.options().dtype(at::kDouble));
   const GradientNorm args{.gradients = list, .partial = view(partial), .norm = view(norm)};
   if (run_on_cuda(first, args)) return norm;
-  parallel_ranges(chunks, 1, [&](Range range) { run(args, range); });
+  parallel_ranges(chunks, 1, chunks_of_list, [&](Range range) { run(args, range); });
   finish(args);
   return norm;
 }
@@ -54,7 +56,7 @@ Tensor coefficient_of(const Tensor& norm, double max_norm) {
   if (norm.is_meta()) return coefficient;
   const ClipCoefficient args{
       .norm = view(norm), .coefficient = view(coefficient), .max_norm = max_norm};
-  if (!run_on_cuda(norm, args)) run(args);
+  if (!run_on_cuda(norm, args)) parallel_ranges(1, 1, "value", [&](Range) { run(args); });
   return coefficient;
 }
 
@@ -64,16 +66,17 @@ void scale_all(TensorList gradients, const Tensor& coefficient) {
   const Tensor& first = gradients[0];
   if (first.is_meta()) return;
   check_devices(op, first, {{"coefficient", coefficient}});
-  DenseTensors dense;
+  DenseTensors dense(op);
   std::vector<GradientTensor> tensors;
   tensors.reserve(gradients.size());
   for (const Tensor& gradient : gradients) {
-    tensors.push_back(flat_tensor(dense.write(gradient, gradient), gradient));
+    tensors.push_back(flat_tensor(dense.write("gradients", gradient, gradient), gradient));
   }
   const ScaleGradients args{.gradients = {tensors.data(), static_cast<int64_t>(tensors.size())},
                             .coefficient = view(coefficient)};
   if (!run_on_cuda(first, args)) {
-    parallel_ranges(gradient_chunks(args.gradients), 1, [&](Range range) { run(args, range); });
+    parallel_ranges(gradient_chunks(args.gradients), 1, chunks_of_list,
+                    [&](Range range) { run(args, range); });
   }
   dense.write_back();
   bump_versions(gradients);

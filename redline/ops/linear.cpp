@@ -7,6 +7,7 @@
 #include "redline/ops/gemm.h"
 #include "redline/ops/registration.h"
 #include "redline/ops/run.h"
+#include "redline/ops/strict.h"
 
 namespace redline::ops {
 namespace {
@@ -48,7 +49,7 @@ void weight_grad_into(const Tensor& buffer, const Tensor& y_grad, const Tensor& 
 
 // --- derivative ---------------------------------------------------------------------------------
 
-struct LinearFunction : public torch::autograd::Function<LinearFunction> {
+struct LinearFunction {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
                         const OptionalTensor& bias, const WeightGradientOptions& options) {
     const at::AutoDispatchBelowADInplaceOrView below;
@@ -84,7 +85,7 @@ Tensor differentiable(const Tensor& x, const Tensor& weight, const OptionalTenso
   check_one_rank(op_name, tp_group, sequence_parallel);
   const WeightGradientOptions options{main_grad, accumulate, std::move(dummy_grad), delayed};
   check_inputs(x, weight, bias, options);
-  return LinearFunction::apply(x, weight, bias, options);
+  return StrictNode<LinearFunction>::apply(x, weight, bias, options);
 }
 
 Tensor without_derivative(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,

@@ -3,6 +3,7 @@
 #include "redline/ops/norm_inner.h"
 #include "redline/ops/registration.h"
 #include "redline/ops/run.h"
+#include "redline/ops/strict.h"
 
 namespace redline::ops {
 namespace {
@@ -14,7 +15,7 @@ using torch::autograd::variable_list;
 
 // --- derivative ---------------------------------------------------------------------------------
 
-struct NormFunction : public torch::autograd::Function<NormFunction> {
+struct NormFunction {
   // Returns {y}, or {y, sum} when there is a residual.
   static variable_list forward(AutogradContext* ctx, const Tensor& x,
                                const OptionalTensor& residual, const OptionalTensor& weight,
@@ -64,7 +65,7 @@ struct NormFunction : public torch::autograd::Function<NormFunction> {
 };
 
 variable_list differentiable(const Tensor& x, const NormInputs& in) {
-  return NormFunction::apply(x, in.residual, in.weight, in.bias, in.row_count, in);
+  return StrictNode<NormFunction>::apply(x, in.residual, in.weight, in.bias, in.row_count, in);
 }
 
 }  // namespace

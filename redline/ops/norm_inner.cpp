@@ -40,9 +40,10 @@ NormOutputs forward(const Tensor& x, const NormInputs& in) {
   out.mean = in.norm == Norm::layer ? empty_statistic(x) : Tensor();
   out.inverse_std = empty_statistic(x);
   if (x.is_meta()) return out;
-  const Tensor x_rows = with_rows(x);
-  const OptionalTensor residual = with_rows(in.residual), weight = contiguous(in.weight),
-                       bias = contiguous(in.bias);
+  const Tensor x_rows = with_rows(op, "x", x);
+  const OptionalTensor residual = with_rows(op, "residual", in.residual),
+                       weight = contiguous(op, "weight", in.weight),
+                       bias = contiguous(op, "bias", in.bias);
   const NormForward args{.norm = in.norm,
                          .x = view_rows(x_rows),
                          .residual = view_rows(residual),
@@ -88,9 +89,10 @@ NormGradients backward(const Tensor& y_grad, const Tensor& x, const NormBackward
     out.y = at::empty_like(x, x.options().dtype(y_grad.dtype()), at::MemoryFormat::Contiguous);
   }
   if (x.is_meta()) return out;
-  const Tensor x_rows = with_rows(x), y_grad_rows = with_rows(y_grad);
-  const OptionalTensor weight = contiguous(in.weight), sum_grad = with_rows(in.sum_grad);
-  const OptionalTensor bias = in.needs_y ? contiguous(in.bias) : std::nullopt;
+  const Tensor x_rows = with_rows(op, "x", x), y_grad_rows = with_rows(op, "y_grad", y_grad);
+  const OptionalTensor weight = contiguous(op, "weight", in.weight),
+                       sum_grad = with_rows(op, "sum_grad", in.sum_grad),
+                       bias = in.needs_y ? contiguous(op, "bias", in.bias) : std::nullopt;
   const int64_t chunks = chunk_count(y_grad, view_rows(y_grad_rows));
   const Tensor weight_partial = partial_sums(x, chunks, in.needs_weight);
   const Tensor bias_partial = partial_sums(x, chunks, in.needs_bias);
@@ -111,8 +113,8 @@ NormGradients backward(const Tensor& y_grad, const Tensor& x, const NormBackward
                           .bias_grad = in.needs_bias ? view(out.bias) : TensorView{},
                           .zero_centered = in.zero_centered};
   if (run_on_cuda(x, args)) return out;
-  parallel_ranges(chunks, 1, [&](Range range) { run(args, range); });
-  parallel_ranges(args.x.sizes[1], 4096, [&](Range cols) { finish(args, cols); });
+  parallel_ranges(chunks, 1, unit_of_chunks, [&](Range range) { run(args, range); });
+  parallel_ranges(args.x.sizes[1], 4096, unit_of_sums, [&](Range cols) { finish(args, cols); });
   return out;
 }
 
@@ -196,8 +198,10 @@ Tensor rebuild(const Tensor& x, const OptionalTensor& weight, const OptionalTens
                 {{"weight", value(weight)}, {"bias", value(bias)}, {"inverse_std", inverse_std}});
   const Tensor y = at::empty_like(x, x.options().dtype(dtype), at::MemoryFormat::Contiguous);
   if (x.is_meta()) return y;
-  const Tensor x_rows = with_rows(x);
-  const OptionalTensor weight_vector = contiguous(weight), bias_vector = contiguous(bias);
+  const char* op = name(norm);
+  const Tensor x_rows = with_rows(op, "x", x);
+  const OptionalTensor weight_vector = contiguous(op, "weight", weight),
+                       bias_vector = contiguous(op, "bias", bias);
   const NormForward args{.norm = norm,
                          .x = view_rows(x_rows),
                          .residual = {},

@@ -3,6 +3,7 @@
 
 #include "redline/ops/registration.h"
 #include "redline/ops/run.h"
+#include "redline/ops/strict.h"
 
 namespace redline::ops {
 namespace {
@@ -28,7 +29,7 @@ void check_inputs(const Tensor& x, const NormParameters& norm, const Tensor& wei
 
 // --- derivative ---------------------------------------------------------------------------------
 
-struct NormLinearFunction : public torch::autograd::Function<NormLinearFunction> {
+struct NormLinearFunction {
   // Returns y, then the sum with a residual, then the normalised input where it is asked for.
   static variable_list forward(AutogradContext* ctx, const Tensor& x,
                                const OptionalTensor& residual, const OptionalTensor& norm_weight,
@@ -112,8 +113,8 @@ Results implement(const Tensor& x, const OptionalTensor& norm_weight,
 Results differentiable(const Tensor& x, const NormParameters& norm, const Tensor& weight,
                        const OptionalTensor& bias, const Options& options) {
   check_inputs(x, norm, weight, bias, options);
-  const variable_list out =
-      NormLinearFunction::apply(x, options.residual, norm.weight, norm.bias, weight, bias, options);
+  const variable_list out = StrictNode<NormLinearFunction>::apply(x, options.residual, norm.weight,
+                                                                  norm.bias, weight, bias, options);
   return {out[0], options.residual ? out[1] : Tensor(),
           options.return_norm_output ? out.back() : Tensor()};
 }

@@ -4,6 +4,7 @@
 #include "redline/ops/activation_part.h"
 #include "redline/ops/registration.h"
 #include "redline/ops/run.h"
+#include "redline/ops/strict.h"
 
 namespace redline::ops {
 namespace {
@@ -82,7 +83,7 @@ struct Kept {
   }
 };
 
-struct NormMlpFunction : public torch::autograd::Function<NormMlpFunction> {
+struct NormMlpFunction {
   // Returns y, then the sum with a residual.
   static variable_list forward(AutogradContext* ctx, const Tensor& x,
                                const OptionalTensor& residual, const OptionalTensor& norm_weight,
@@ -195,9 +196,9 @@ Results implement(const Tensor& x, const OptionalTensor& norm_weight,
 Results differentiable(const Tensor& x, const NormParameters& norm, const MlpParameters& mlp,
                        const Options& options) {
   check_inputs(x, norm, mlp, options);
-  const variable_list out =
-      NormMlpFunction::apply(x, options.residual, norm.weight, norm.bias, mlp.fc1_weight,
-                             mlp.fc1_bias, mlp.fc2_weight, mlp.fc2_bias, options);
+  const variable_list out = StrictNode<NormMlpFunction>::apply(
+      x, options.residual, norm.weight, norm.bias, mlp.fc1_weight, mlp.fc1_bias, mlp.fc2_weight,
+      mlp.fc2_bias, options);
   return {out[0], options.residual ? out[1] : Tensor()};
 }
 

@@ -3,6 +3,7 @@
 #include "redline/ops/registration.h"
 #include "redline/ops/rotary_run.h"
 #include "redline/ops/run.h"
+#include "redline/ops/strict.h"
 
 namespace redline::ops {
 namespace {
@@ -111,7 +112,7 @@ Inputs kept(AutogradContext* ctx) {
           ctx->saved_data["split"].toBool()};
 }
 
-struct RotaryFunction : public torch::autograd::Function<RotaryFunction> {
+struct RotaryFunction {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Inputs& in) {
     const at::AutoDispatchBelowADInplaceOrView below;
     keep(ctx, in);
@@ -123,7 +124,7 @@ struct RotaryFunction : public torch::autograd::Function<RotaryFunction> {
   }
 };
 
-struct SplitFunction : public torch::autograd::Function<SplitFunction> {
+struct SplitFunction {
   static variable_list forward(AutogradContext* ctx, const Tensor& qkv, const Inputs& in) {
     const at::AutoDispatchBelowADInplaceOrView below;
     keep(ctx, in);
@@ -145,12 +146,12 @@ void check_tables(const Inputs& in) {
 
 Tensor differentiable(const Tensor& x, const Inputs& in) {
   check_tables(in);
-  return RotaryFunction::apply(x, in);
+  return StrictNode<RotaryFunction>::apply(x, in);
 }
 
 QueryKeyValue differentiable_split(const Tensor& qkv, const Inputs& in) {
   check_tables(in);
-  const variable_list parts = SplitFunction::apply(qkv, in);
+  const variable_list parts = StrictNode<SplitFunction>::apply(qkv, in);
   return {parts[0], parts[1], parts[2]};
 }
 

@@ -86,14 +86,14 @@ TensorView view_positions(const RotaryInputs& in, const TensorView& x) {
   return result;
 }
 
-Tensor adjacent(const Tensor& x) {
-  return x.stride(-1) == 1 || x.size(-1) <= 1 ? x : x.contiguous();
+Tensor adjacent(const char* op, const char* name, const Tensor& x) {
+  return x.stride(-1) == 1 || x.size(-1) <= 1 ? x : contiguous(op, name, x);
 }
 
 // From and to what is in `args`; the rest of them is `in`'s.
 void run_rotary(const Tensor& like, Rotary args, const RotaryInputs& in) {
-  const Tensor cos = in.cos.contiguous(), sin = in.sin.contiguous();
-  const OptionalTensor cu_seqlens = contiguous(in.cu_seqlens);
+  const Tensor cos = contiguous(in.op(), "cos", in.cos), sin = contiguous(in.op(), "sin", in.sin);
+  const OptionalTensor cu_seqlens = contiguous(in.op(), "cu_seqlens", in.cu_seqlens);
   args.cos = view(cos);
   args.sin = view(sin);
   args.positions = view_positions(in, args.x);
@@ -105,7 +105,7 @@ void run_rotary(const Tensor& like, Rotary args, const RotaryInputs& in) {
   if (run_on_cuda(like, args)) return;
   check_positions(args);
   const TensorView& all = whole(args);
-  parallel_ranges(all.sizes[0] * all.sizes[1], rows_per_task(all.sizes[2] * all.sizes[3]),
+  parallel_ranges(all.sizes[0] * all.sizes[1], rows_per_task(all.sizes[2] * all.sizes[3]), "tokens",
                   [&](Range range) { run(args, range); });
 }
 
@@ -116,7 +116,7 @@ Tensor rotate(const Tensor& x, const RotaryInputs& in, bool backward) {
   Tensor y = at::empty_like(x, at::MemoryFormat::Contiguous);
   if (x.is_meta()) return y;
   const bool packed(in.packing);
-  const Tensor source = adjacent(x);
+  const Tensor source = adjacent(in.op(), backward ? "y_grad" : in.tensor(), x);
   const Rotary args{
       .x = view_tokens(source, in, packed), .y = view_tokens(y, in, packed), .backward = backward};
   run_rotary(x, args, in);
@@ -136,7 +136,7 @@ QueryKeyValue rotate_apart(const Tensor& qkv, const RotaryInputs& in) {
   const Tensor q = make(in.packing.heads), k = make(in.packing.kv_heads),
                v = make(in.packing.kv_heads);
   if (qkv.is_meta()) return {q, k, v};
-  const Tensor source = adjacent(qkv);
+  const Tensor source = adjacent(in.op(), in.tensor(), qkv);
   const Rotary args{.x = view_tokens(source, in, /*packed=*/true),
                     .y = view_tokens(q, in, /*packed=*/false),
                     .k = view_tokens(k, in, /*packed=*/false),
@@ -159,7 +159,8 @@ Tensor rotate_together(const QueryKeyValue& grads, const RotaryInputs& in) {
   sizes.back() = head_dim * (in.packing.kv_heads * in.packing.group_heads());
   Tensor qkv_grad = at::empty_symint(sizes, q_grad.options());
   if (q_grad.is_meta()) return qkv_grad;
-  const Tensor q = adjacent(q_grad), k = adjacent(k_grad), v = adjacent(v_grad);
+  const Tensor q = adjacent(in.op(), "q_grad", q_grad), k = adjacent(in.op(), "k_grad", k_grad),
+               v = adjacent(in.op(), "v_grad", v_grad);
   const Rotary args{.x = view_tokens(q, in, /*packed=*/false),
                     .y = view_tokens(qkv_grad, in, /*packed=*/true),
                     .k = view_tokens(k, in, /*packed=*/false),

@@ -28,6 +28,18 @@ at::DataPtr workspace_of([[maybe_unused]] int64_t bytes) {
   return {};
 }
 
+// As at::parallel_for shares it out.
+void report_ranges(Watcher& watcher, int64_t count, int64_t grain, const char* unit) {
+  const int64_t tasks = (count + grain - 1) / std::max<int64_t>(grain, 1);
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  watcher.choice(message(grain, " ", unit, " a task"));
+  watcher.launch({.kernel = {},
+                  .grid = {tasks, 1, 1},
+                  .block = {std::min(tasks, threads), 1, 1},
+                  .shared_bytes = 0,
+                  .cluster = 1});
+}
+
 void check_devices(const char* op, const at::Tensor& first,
                    std::initializer_list<std::pair<const char*, at::Tensor>> others) {
   for (const auto& [name, tensor] : others) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "redline/core/stream.h"
+#include "redline/core/watch.h"
 #include "redline/ops/torch.h"
 #include "redline/ops/view.h"
 
@@ -50,10 +51,14 @@ void check_devices(const char* op, const at::Tensor& first,
 // Rows per task, so that a task moves about 256 KB: a function of the shape alone.
 inline int64_t rows_per_task(int64_t cols) { return std::max<int64_t>(1, 65536 / (cols + 1)); }
 
-// Calls body(Range) over [0, count) on torch's threads. For work whose result does not depend on
-// where the ranges end.
+// Tells a watcher how `count` units of work on the CPU are shared out.
+void report_ranges(Watcher& watcher, int64_t count, int64_t grain, const char* unit);
+
+// Calls body(Range) over [0, count) on torch's threads, at least `grain` at a time. For work whose
+// result does not depend on where the ranges end. `unit`: what is counted, for a watcher.
 template <typename Body>
-void parallel_ranges(int64_t count, int64_t grain, Body body) {
+void parallel_ranges(int64_t count, int64_t grain, const char* unit, Body body) {
+  if (Watcher* seen = watcher(); seen && count > 0) report_ranges(*seen, count, grain, unit);
   at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(Range{begin, end}); });
 }
 
@@ -68,18 +73,23 @@ bool run_on_cuda(const at::Tensor& like, const Args& args) {
   return true;
 }
 
+// What a watcher is told of sums over rows.
+inline constexpr const char* unit_of_chunks = "chunk of rows, fixed by the shape,";
+inline constexpr const char* unit_of_sums = "columns of the chunks' sums, added in index order,";
+
 // Runs args' kernel on the device of `like`: on CUDA as a whole, on the CPU range by range.
 template <typename Args>
 void run_rows(const at::Tensor& like, const Args& args, int64_t rows, int64_t cols) {
   if (run_on_cuda(like, args)) return;
-  parallel_ranges(rows, rows_per_task(cols), [&](Range range) { run(args, range); });
+  parallel_ranges(rows, rows_per_task(cols), "rows, about 256 KB,",
+                  [&](Range range) { run(args, range); });
 }
 
 // As run_rows(), for kernels whose range counts elements.
 template <typename Args>
 void run_elements(const at::Tensor& like, const Args& args, int64_t elements) {
   if (run_on_cuda(like, args)) return;
-  parallel_ranges(elements, 32768, [&](Range range) { run(args, range); });
+  parallel_ranges(elements, 32768, "elements", [&](Range range) { run(args, range); });
 }
 
 }  // namespace redline::ops

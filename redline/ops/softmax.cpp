@@ -3,6 +3,7 @@
 #include "redline/kernels/softmax.h"
 #include "redline/ops/registration.h"
 #include "redline/ops/run.h"
+#include "redline/ops/strict.h"
 
 namespace redline::ops {
 namespace {
@@ -73,8 +74,10 @@ std::tuple<Tensor, Tensor> softmax_forward(const Tensor& scores, const OptionalT
   const Tensor probabilities = at::empty_like(scores, at::MemoryFormat::Contiguous);
   const Tensor sink_probability = empty_rows(scores, sink.has_value());
   if (scores.is_meta() || scores.numel() == 0) return {probabilities, sink_probability};
-  const Tensor rows = with_rows(scores);
+  const Tensor rows = with_rows(op_name, "scores", scores);
   const Tensor excluded = mask ? with_four_axes(mask->expand_as(scores)) : Tensor();
+  if (mask && excluded.const_data_ptr() != mask->const_data_ptr())
+    note_copy(op_name, "mask", *mask);
   OptionalTensor sinks = sink;
   if (sinks) sinks = sinks->to(accumulation_type(scores)).contiguous();
   const SoftmaxForward args{
@@ -100,7 +103,8 @@ std::tuple<Tensor, Tensor> softmax_backward(const Tensor& probabilities_grad,
                                             : no_output(probabilities);
   if (probabilities.is_meta()) return {scores_grad, sink_grad};
   if (probabilities.numel() == 0) return {scores_grad, sink_grad.zero_()};
-  const Tensor grad_rows = with_rows(probabilities_grad), rows = with_rows(probabilities);
+  const Tensor grad_rows = with_rows(op_name, "probabilities_grad", probabilities_grad),
+               rows = with_rows(op_name, "probabilities", probabilities);
   const Tensor sink_rows = sink_probability ? at::empty_like(*sink_probability) : Tensor();
   const SoftmaxBackward args{
       .shape = rows_of(probabilities, scale),
@@ -114,7 +118,7 @@ std::tuple<Tensor, Tensor> softmax_backward(const Tensor& probabilities_grad,
       .causal = causal};
   run_rows(probabilities, args, args.probabilities.sizes[0], args.probabilities.sizes[1]);
   if (sink_probability && !probabilities.is_cuda()) {
-    parallel_ranges(args.shape.heads, 1, [&](Range heads) { finish(args, heads); });
+    parallel_ranges(args.shape.heads, 1, "head", [&](Range heads) { finish(args, heads); });
   }
   return {scores_grad, sink_grad};
 }
@@ -128,7 +132,7 @@ std::tuple<Tensor, Tensor> call_forward(const Tensor& scores, const OptionalTens
 
 // --- derivative ---------------------------------------------------------------------------------
 
-struct SoftmaxFunction : public torch::autograd::Function<SoftmaxFunction> {
+struct SoftmaxFunction {
   static Tensor forward(AutogradContext* ctx, const Tensor& scores, const OptionalTensor& mask,
                         const OptionalTensor& sink, const SoftmaxOptions& options) {
     const at::AutoDispatchBelowADInplaceOrView below;
@@ -156,7 +160,8 @@ struct SoftmaxFunction : public torch::autograd::Function<SoftmaxFunction> {
 
 Tensor differentiable(const Tensor& scores, const OptionalTensor& mask, double scale, bool causal,
                       std::optional<int64_t> window, const OptionalTensor& sink) {
-  return SoftmaxFunction::apply(scores, mask, sink, SoftmaxOptions{scale, causal, window});
+  return StrictNode<SoftmaxFunction>::apply(scores, mask, sink,
+                                            SoftmaxOptions{scale, causal, window});
 }
 
 Tensor without_derivative(const Tensor& scores, const OptionalTensor& mask, double scale,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "redline/core/tensor_view.h"
+#include "redline/core/watch.h"
 #include "redline/ops/torch.h"
 
 namespace redline::ops {
@@ -104,18 +105,44 @@ inline TensorView view_flat(const at::Tensor& tensor) {
   return result;
 }
 
+// Tells a watcher of a copy that another layout would spare.
+inline void note_copy(const char* op, const char* name, const at::Tensor& tensor) {
+  if (watcher() == nullptr) return;
+  note_fallback({op, name, "give it contiguous"},
+                c10::str("sizes ", tensor.sizes(), " with strides ", tensor.strides(),
+                         " are copied to lie side by side"));
+}
+
+inline at::Tensor contiguous(const char* op, const char* name, const at::Tensor& tensor) {
+  if (tensor.is_contiguous()) return tensor;
+  note_copy(op, name, tensor);
+  return tensor.contiguous();
+}
+
+inline std::optional<at::Tensor> contiguous(const char* op, const char* name,
+                                            const std::optional<at::Tensor>& tensor) {
+  if (!tensor || !tensor->defined()) return std::nullopt;
+  return contiguous(op, name, *tensor);
+}
+
 // The tensor itself where view_rows() can describe it, otherwise a contiguous copy. Symbolic sizes
 // are never asked for: call it in run().
-inline at::Tensor with_rows(const at::Tensor& tensor) {
-  return !tensor.defined() || row_stride(tensor) ? tensor : tensor.contiguous();
+inline at::Tensor with_rows(const char* op, const char* name, const at::Tensor& tensor) {
+  if (!tensor.defined() || row_stride(tensor)) return tensor;
+  return contiguous(op, name, tensor);
 }
 
-inline std::optional<at::Tensor> with_rows(const std::optional<at::Tensor>& tensor) {
-  return tensor ? std::optional(with_rows(*tensor)) : std::nullopt;
+inline std::optional<at::Tensor> with_rows(const char* op, const char* name,
+                                           const std::optional<at::Tensor>& tensor) {
+  return tensor ? std::optional(with_rows(op, name, *tensor)) : std::nullopt;
 }
 
-inline std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& tensor) {
-  return tensor && tensor->defined() ? std::optional(tensor->contiguous()) : std::nullopt;
+// [tokens] int64 of a loss's classes.
+inline at::Tensor flat_targets(const char* op, const at::Tensor& targets) {
+  if (targets.scalar_type() != at::kLong) {
+    note_fallback({op, "targets", "give int64"}, "int32 is copied to int64");
+  }
+  return contiguous(op, "targets", targets.to(at::kLong)).reshape({-1});
 }
 
 }  // namespace redline::ops

@@ -4,6 +4,9 @@
 
 #include "redline/layers/gpt.h"
 #include "redline/ops/adamw_optimizer.h"
+#include "redline/ops/log.h"
+#include "redline/ops/norm.h"
+#include "redline/ops/strict.h"
 
 namespace redline::layers {
 namespace {
@@ -202,6 +205,25 @@ TEST(AdamW, ScaledGradientsTakeTheStepOfThePlainOnes) {
   plain.optimizer.step();
   scaled.optimizer.step({.grad_scale = torch::tensor(1024.0F)});
   EXPECT_TRUE(torch::equal(plain.parameter, scaled.parameter));
+}
+
+TEST(Strict, ACopyIsRefusedWhileTheGuardLives) {
+  const Tensor x = torch::ones({4, 3}).t();
+  {
+    const ops::StrictGuard strict;
+    EXPECT_THROW(ops::rms_norm(x, {}), std::runtime_error);
+    const ops::StrictGuard lifted(false);
+    EXPECT_NO_THROW(ops::rms_norm(x, {}));
+  }
+  EXPECT_NO_THROW(ops::rms_norm(x, {}));
+}
+
+TEST(Log, AKernelIsNamedWithoutNamespacesAndParameters) {
+  EXPECT_EQ(ops::readable_kernel(
+                "_ZN7redline4cuda43_GLOBAL__N__cd017f3a_10_forward_cu_464c0d1014forward_kernelINS1_"
+                "4FormI6__halffLb0ELb1EEENS1_4TileILi0ELi4ELi1ELi8EEEEEvNS1_7ForwardE"),
+            "forward_kernel<Form<__half, float, false, true>, Tile<0, 4, 1, 8> >");
+  EXPECT_EQ(ops::readable_kernel("no mangled name"), "no mangled name");
 }
 
 TEST(AdamW, FoundInfLeavesEverythingAsItWas) {
