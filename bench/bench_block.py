@@ -196,11 +196,11 @@ def launches(layer):
             x, None, norm_weight, EPSILON, False, None
         )
         normalized @ weight.t()
-        again = inner.norm_rebuild(x, norm_weight, None, None, inverse_rms, False, x.dtype)
-        y_grad.t() @ again
-        return inner.rms_norm_backward(
-            y_grad @ weight, x, norm_weight, inverse_rms, None, False, None, True
+        *grads, again = inner.norm_backward_rebuild(
+            y_grad @ weight, x, norm_weight, None, None, inverse_rms, None, False, True, False
         )
+        y_grad.t() @ again
+        return grads
 
     return call
 
