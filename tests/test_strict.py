@@ -101,6 +101,12 @@ REFUSED = {
         lambda: ops.rotary(torch.ones(1, 2, 3, 4), turned(2, 2), torch.ones(2, 2)),
         f"rotary: cos: sizes [2, 2] with strides [1, 2] {COPIED}",
     ),
+    "qkv": (
+        lambda: ops.qkv_rotary_split(
+            torch.ones(1, 16, 2).mT, torch.ones(2, 2), torch.ones(2, 2), 2, 1
+        ),
+        f"qkv_rotary_split: qkv: sizes [1, 2, 16] with strides [32, 1, 2] {COPIED}",
+    ),
     "optimiser": (
         lambda: step(gradients=turned(3, 4)),
         f"adamw_step: gradients: sizes [3, 4] with strides [1, 3] {COPIED}",
@@ -208,6 +214,10 @@ NODES = {
     "rotary": (
         lambda x: ops.rotary(x, torch.ones(2, 4).to(x), torch.ones(2, 4).to(x)),
         (1, 2, 3, 8),
+    ),
+    "qkv_rotary_split": (
+        lambda x: ops.qkv_rotary_split(x, torch.ones(2, 2).to(x), torch.ones(2, 2).to(x), 2, 1)[0],
+        (1, 2, 16),
     ),
     "bias_dropout_add": (lambda x: ops.bias_dropout_add(x, None, x.detach(), 0.5), (6, 8)),
     "embedding": (lambda w: ops.embedding(torch.arange(6, device=w.device), w), (6, 8)),

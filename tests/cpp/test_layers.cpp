@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "redline/layers/gpt.h"
+#include "redline/layers/recompute.h"
 #include "redline/ops/adamw_optimizer.h"
 #include "redline/ops/log.h"
 #include "redline/ops/norm.h"
@@ -216,6 +217,21 @@ TEST(Strict, ACopyIsRefusedWhileTheGuardLives) {
     EXPECT_NO_THROW(ops::rms_norm(x, {}));
   }
   EXPECT_NO_THROW(ops::rms_norm(x, {}));
+}
+
+TEST(Strict, ARecomputedRegionIsHeldAsItsForwardWas) {
+  std::vector<bool> runs;
+  const Region region{.run = [&](const variable_list& in) -> variable_list {
+    runs.push_back(ops::is_strict());
+    return {ops::rms_norm(in[0], {})};
+  }};
+  Tensor y;
+  {
+    const ops::StrictGuard strict;
+    y = recompute(region, {torch::ones({3, 4}, torch::requires_grad())})[0];
+  }
+  y.sum().backward();
+  EXPECT_EQ(runs, (std::vector<bool>{true, true}));
 }
 
 TEST(Log, AKernelIsNamedWithoutNamespacesAndParameters) {
