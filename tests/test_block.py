@@ -76,7 +76,10 @@ def test_stock_copies():
 @needs_gpu
 @pytest.mark.parametrize(("batch", "sequence"), [(1, 512), (2, 2048)])
 def test_kernels_of_a_block(batch, sequence):
-    """A Llama-3-8B layer; cuBLAS's split-K reductions count, and whatever attention launches."""
+    """A Llama-3-8B layer; cuBLAS's split-K reductions count, and whatever attention launches.
+
+    What cuBLAS sets to zero before a product, 4 bytes for the order of its blocks, is no kernel.
+    """
     factory = {"dtype": torch.bfloat16, "device": "cuda"}
     layer = TransformerLayer(4096, 14336, heads=32, kv_heads=8, **factory)
     x = randn(batch, sequence, 4096, **factory)
@@ -84,4 +87,5 @@ def test_kernels_of_a_block(batch, sequence):
     torch.utils.deterministic.fill_uninitialized_memory = False
     names = names_of(both(layer, x), "cuda")
     assert not [name for name in names if CUDA_MOVES.search(name)], names
-    assert 0 < len(names) <= 32, names
+    kernels = [name for name in names if not name.startswith("Memset")]
+    assert 0 < len(kernels) <= 32, kernels

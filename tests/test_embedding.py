@@ -160,6 +160,21 @@ def test_strided_inputs_have_the_bits_of_contiguous_ones(dtype, device):
         assert torch.equal(torch.ops.redline.embedding_backward(other, apart, 20), grad)
 
 
+@pytest.mark.parametrize("vocabulary", [262142, 262143, 262144])
+def test_the_largest_vocabularies(vocabulary, device):
+    """The last rows of what a sort by runs can hold, and one more, with tokens of no gradient."""
+    count = 16000  # runs of 512 do not divide it
+    tokens = tokens_of((count,), vocabulary, device)
+    tokens[:3], tokens[-200:] = vocabulary - 1, vocabulary - 2
+    tokens[-1] = 5
+    y_grad = randn(count, 8, dtype=torch.float32, device=device)
+    grad = torch.ops.redline.embedding_backward(y_grad, tokens, vocabulary, 5)
+    expected = torch.zeros(vocabulary, 8, dtype=torch.float64)
+    named = tokens.cpu() != 5
+    expected.index_add_(0, tokens.cpu()[named], y_grad.cpu().double()[named])
+    assert_close(grad.cpu(), expected, sums=200**0.5)
+
+
 def test_same_bits(device):
     tokens = tokens_of((32, 64), 2000, device)
     weight = randn(2000, 96, dtype=torch.bfloat16, device=device)

@@ -125,6 +125,16 @@ def test_bits_do_not_depend_on_strides_threads_or_neighbours(dtype, device):
     assert ops.softmax(scores[:0]).shape == (0, 4, 10, 333)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_a_mask_of_other_bits_than_one(dtype, device):
+    """A bool that came from another type: what is not zero excludes its own key alone."""
+    scores = randn(4, 6, 64, dtype=dtype, device=device)
+    bits = torch.arange(4 * 64, device=device).reshape(4, 1, 64) * 37 % 5  # 0 to 4
+    odd = (bits * 63).to(torch.uint8).view(torch.bool)  # 0, 63, 126, 189, 252
+    contract.equal_bits([ops.softmax(scores, odd)], [ops.softmax(scores, bits != 0)])
+
+
 def test_gradcheck():
     torch.utils.deterministic.fill_uninitialized_memory = False
     scores = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 import os
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def says(model, name):
 
 
 def module_of(name):
-    return getattr(transformers.models, name).__dict__[f"modeling_{name}"]
+    return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
 
 
 def test_what_is_no_module_is_an_error():

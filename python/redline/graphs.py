@@ -27,6 +27,9 @@ def _check_layer(layer):
         for option in ("accumulate_main_grad", "delay_weight_grad"):
             if getattr(part, option, False):
                 raise NotImplementedError(_refusal(f"{name or 'layer'}.{option}", "False", "True"))
+        policy = getattr(part, "recompute", "none")  # checkpointing reads the generator's state
+        if policy not in ("none", False):
+            raise NotImplementedError(_refusal(f"{name or 'layer'}.recompute", "none", policy))
 
 
 def graphed(layer, sample, *, warmup=3):
@@ -34,10 +37,10 @@ def graphed(layer, sample, *, warmup=3):
 
     sample: a tensor, or a tuple of those that forward takes, with the shapes, dtypes and
     requires_grad of every later call. In the mode (train or eval) that the layer is in now its
-    forward is a copy of the inputs and one launch, and so is its backward; in the other mode it
-    runs as before. Results live in memory that the next call writes over. Parameters may change
-    their numbers, not their places. Thin over ``torch.cuda.make_graphed_callables``, whose other
-    limits hold: no hooks, no autocast cache.
+    forward is a copy of the inputs and one launch, and so is its backward; in the other mode, and
+    with keyword arguments, it runs as before. Results live in memory that the next call writes
+    over. Parameters may change their numbers, not their places. Thin over
+    ``torch.cuda.make_graphed_callables``, whose other limits hold: no hooks, no autocast cache.
 
     >>> layer = redline.graphed(layer, torch.randn(1, 512, 4096, device="cuda"))  # doctest: +SKIP
     """
@@ -45,12 +48,14 @@ def graphed(layer, sample, *, warmup=3):
     _check_sample(sample)
     _check_layer(layer)
     signature = [(tensor.shape, tensor.dtype, tensor.device) for tensor in sample]
-    mode = layer.training
+    mode, own = layer.training, layer.forward
     layer = torch.cuda.make_graphed_callables(layer, sample, num_warmup_iters=warmup)
     replay = layer.forward
 
     @functools.wraps(replay)
-    def forward(*inputs):
+    def forward(*inputs, **options):
+        if options:  # the graph holds none: as before
+            return own(*inputs, **options)
         # A copy into the graph's input would broadcast what does not fit, or read too little of it.
         found = [(tensor.shape, tensor.dtype, tensor.device) for tensor in inputs]
         if found != signature and layer.training == mode:

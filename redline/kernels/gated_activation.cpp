@@ -63,6 +63,12 @@ void check(const GatedActivationBackward& args) {
   check_matrix(op, "linear_grad", args.linear_grad, gate, gate.dtype);
   if (args.y) check_matrix(op, "y", args.y, gate, gate.dtype);
   check_parameter(op, "row_scale_grad", args.row_scale_grad, gate.sizes[0], gate.dtype);
+  if (args.row_parts) {
+    const TensorView& parts = args.row_parts;
+    REDLINE_CHECK(parts.rank == 2 && parts.sizes[1] == gate.sizes[0] &&
+                      parts.dtype == DType::float32 && parts.strides[0] == parts.sizes[1],
+                  op, ": row_parts: expected [blocks, ", gate.sizes[0], "] float32, not ", parts);
+  }
   check_column_sums(op, "bias_grad", args.bias_grad, 2 * gate.sizes[1],
                     accumulation_dtype(gate.dtype));
 }

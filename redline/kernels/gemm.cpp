@@ -24,8 +24,8 @@ void check_matrix(const char* name, const TensorView& view, int64_t rows, int64_
                 ": expected adjacent rows or columns, not strides of ", view.strides[axes - 2],
                 " and ", view.strides[axes - 1]);
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
-  REDLINE_CHECK(rows <= most && cols <= most, op, ": ", name, ": expected at most ", most,
-                " rows and columns, not ", view);
+  REDLINE_CHECK(rows <= most && cols <= most && (axes == 2 || view.sizes[0] <= most), op, ": ",
+                name, ": expected at most ", most, " matrices, rows and columns, not ", view);
 }
 
 void check_like_out(const char* name, const TensorView& view, const TensorView& out,

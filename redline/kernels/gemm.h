@@ -1,8 +1,9 @@
 // Matrix products, row-major views of any strides that a BLAS can read:
 //   out = f(a b + bias)      or      out += a b
-// Accumulated in float32, one rounding at the end. f is nothing, gelu (its tanh form; Hendrycks and
-// Gimpel, 2016), or the product with gelu's derivative at pre_activation. On CUDA alone, over
-// cuBLASLt: the CPU's products are torch's, called by ops/gemm.cpp.
+// Accumulated in float32, one rounding at the end (more where ops runs an epilogue behind it). f is
+// nothing, gelu (its tanh form; Hendrycks and Gimpel, 2016), or the product with gelu's derivative
+// at pre_activation. On CUDA alone, over cuBLASLt: the CPU's products are torch's, called by
+// ops/gemm.cpp.
 #pragma once
 
 #include <optional>

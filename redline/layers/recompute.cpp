@@ -46,15 +46,8 @@ class Surroundings {
       : device_(device), autocast_(Autocast::now(device.type())) {
     if (random) random_state_ = random_state(device);
   }
-  // Calls `run` in them.
-  template <typename Run>
-  auto in(Run run) const {
-    const Surroundings outside(device_, random_state_.defined());
-    set();
-    auto result = run();
-    outside.set();
-    return result;
-  }
+  // These in place of those around, which come back.
+  class Within;
 
  private:
   void set() const {
@@ -65,6 +58,26 @@ class Surroundings {
   torch::Device device_;
   Autocast autocast_;
   Tensor random_state_;
+};
+
+// Nested, so that the casts of weights are forgotten with the region: the next step's weights are
+// others.
+class Surroundings::Within {
+ public:
+  explicit Within(const Surroundings& wanted)
+      : outside_(wanted.device_, wanted.random_state_.defined()) {
+    at::autocast::increment_nesting();
+    wanted.set();
+  }
+  ~Within() {
+    outside_.set();
+    if (at::autocast::decrement_nesting() == 0) at::autocast::clear_cache();
+  }
+  Within(const Within&) = delete;
+  Within& operator=(const Within&) = delete;
+
+ private:
+  Surroundings outside_;
 };
 
 struct Kept : torch::CustomClassHolder {
@@ -86,6 +99,9 @@ struct RecomputeFunction {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    TORCH_CHECK(!torch::GradMode::is_enabled(),
+                "recompute: expected a backward without create_graph: a region that runs again has "
+                "no second derivative");
     const auto capsule = ctx->saved_data["kept"].toCapsule();
     const Kept& kept = *static_cast<Kept*>(capsule.get());
     variable_list variables = ctx->get_saved_variables();
@@ -100,7 +116,11 @@ struct RecomputeFunction {
       }
       if (needed) leaves.push_back(variable);
     }
-    const variable_list outputs = kept.surroundings.in([&] { return kept.region.run(inputs); });
+    variable_list outputs;
+    {
+      const Surroundings::Within within(kept.surroundings);
+      outputs = kept.region.run(inputs);
+    }
     const variable_list found = torch::autograd::grad(outputs, leaves, grads, std::nullopt,
                                                       /*create_graph=*/false,
                                                       /*allow_unused=*/true);

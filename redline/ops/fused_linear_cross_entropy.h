@@ -1,6 +1,6 @@
 // The loss of a head, cross_entropy(x W^T + bias, targets), chunk by chunk: the logits of a part of
 // the tokens, or of the vocabulary, stand in one buffer at a time (formulas:
-// kernels/cross_entropy.h; sizes: docs/memory.md). The products are ATen's.
+// kernels/cross_entropy.h; sizes: docs/memory.md). The products are gemm's.
 // Forward computes each row's statistics (one product). Backward computes the logits again, a slice
 // of the vocabulary at a time, writes their gradient over them and multiplies (three products): the
 // gradient of a weight's row is one product over all tokens, rounded once. Kept: x, the weight, the

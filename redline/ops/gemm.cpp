@@ -297,11 +297,17 @@ void implement_inner(torch::Library& m) {
 
 // --- through the dispatcher ---------------------------------------------------------------------
 
+namespace {
+
+// Whether gemm(a, b) is our op, without a derivative. Otherwise it is ATen's, which has one: on the
+// CPU, and where autograd records the call, as backward's does when it is to be differentiated.
 bool is_gemm_ours(const Tensor& a, const Tensor& b) {
   const bool recorded = at::GradMode::is_enabled() && (a.requires_grad() || b.requires_grad()) &&
                         !c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::AutogradCUDA);
   return a.is_cuda() && !recorded;
 }
+
+}  // namespace
 
 Tensor gemm(const Tensor& a, const Tensor& b, const GemmOptions& options) {
   static const auto op = find_op<decltype(gemm_kernel)>("redline::gemm");

@@ -1,6 +1,6 @@
 // Matrix products with what follows them in one pass: f(a b + bias), rounded once. On CUDA
 // cuBLASLt's (kernels/gemm.h); on the CPU, of float64 and of nothing ATen's, with the epilogue in
-// steps.
+// steps, each of which rounds, as where the library has no such epilogue.
 #pragma once
 
 #include "redline/kernels/gemm.h"
@@ -27,12 +27,7 @@ std::tuple<at::Tensor, at::Tensor> gemm_gelu(const at::Tensor& a, const at::Tens
 void gemm_into(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b,
                bool accumulate = true, const std::optional<at::Tensor>& bias_grad = {});
 
-// Whether gemm(a, b) is our op, without a derivative. Otherwise it is ATen's, which has one: on the
-// CPU, and where autograd records the call, as backward's does when it is to be differentiated.
-bool is_gemm_ours(const at::Tensor& a, const at::Tensor& b);
-
-// --- below the dispatcher, for kernels of other ops: no meta tensors
-// ------------------------------
+// --- below the dispatcher, for kernels of other ops: no meta tensors ----------------------------
 
 struct GemmOperands {
   at::Tensor a, b, out;                                       // of any strides

@@ -234,6 +234,35 @@ TEST(Strict, ARecomputedRegionIsHeldAsItsForwardWas) {
   EXPECT_EQ(runs, (std::vector<bool>{true, true}));
 }
 
+variable_list product_of(const variable_list& in) { return {torch::mm(in[0], in[1])}; }
+
+TEST(Recompute, ForgetsItsCastsOfWeights) {
+  const Tensor x = torch::ones({2, 3}), weight = torch::ones({3, 2}, torch::requires_grad());
+  at::autocast::set_autocast_enabled(at::kCPU, true);
+  at::autocast::increment_nesting();
+  const Tensor y = recompute({.run = product_of}, {x, weight})[0];
+  if (at::autocast::decrement_nesting() == 0) at::autocast::clear_cache();
+  at::autocast::set_autocast_enabled(at::kCPU, false);
+  y.sum().backward();
+  {
+    const torch::NoGradGuard no_grad;
+    weight.mul_(2);
+  }
+  at::autocast::set_autocast_enabled(at::kCPU, true);
+  const Tensor again = torch::mm(x, weight);
+  at::autocast::clear_cache();
+  at::autocast::set_autocast_enabled(at::kCPU, false);
+  EXPECT_EQ(again[0][0].item<float>(), 6);
+}
+
+TEST(Recompute, ASecondDerivativeIsRefused) {
+  const Tensor x = torch::ones({2, 2}, torch::requires_grad());
+  const Tensor y = recompute({.run = product_of}, {x, x})[0];
+  const std::string said = refusal(
+      [&] { torch::autograd::grad({y.sum()}, {x}, {}, std::nullopt, /*create_graph=*/true); });
+  EXPECT_NE(said.find("recompute: expected a backward without create_graph"), std::string::npos);
+}
+
 TEST(Log, AKernelIsNamedWithoutNamespacesAndParameters) {
   EXPECT_EQ(ops::readable_kernel(
                 "_ZN7redline4cuda43_GLOBAL__N__cd017f3a_10_forward_cu_464c0d1014forward_kernelINS1_"

@@ -31,8 +31,9 @@ void check_library(cublasStatus_t status, const char* what) {
                 cublasLtGetStatusName(status));
 }
 
-// --- what lives as long as the process: never destroyed, since the driver may be gone by then
-// -----
+// --- what lives as long as the process ----------------------------------------------------------
+
+// Never destroyed: the driver may be gone by then.
 
 // A model has tens of shapes; a thousand plans are 0.7 MB.
 cuda::PlanCache<GemmProblem, Plan>& plans() {

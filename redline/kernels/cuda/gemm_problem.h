@@ -34,8 +34,10 @@ struct GemmProblem {
 };
 static_assert(std::has_unique_object_representations_v<GemmProblem>);
 
+// Of every matrix of a batch.
 inline int32_t alignment(const TensorView& view) {
-  const auto address = reinterpret_cast<uintptr_t>(view.data) | 16;
+  const int64_t step = view.rank == 3 ? view.strides[0] * element_bytes(view.dtype) : 0;
+  const auto address = reinterpret_cast<uintptr_t>(view.data) | static_cast<uintptr_t>(step) | 16;
   return static_cast<int32_t>(address & (~address + 1));
 }
 

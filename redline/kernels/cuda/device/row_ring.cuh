@@ -10,7 +10,7 @@
 
 namespace redline::cuda {
 
-// `pieces` of 16 bytes per thread of at most Threads; `slots` rows at once: two to four. A slot is
+// `pieces` of 16 bytes per thread of at most Threads; `slots` rows at once: two or three. A slot is
 // named by its offset in bytes. Slots are taken in turn: `slots` rows are requested before the
 // first is received, then each as soon as the oldest of those received is done with. Pieces lie
 // Threads apart whatever the block has: their offsets are constants of the code.
@@ -62,10 +62,8 @@ class RowRing {
   __device__ __forceinline__ void receive() const {
     if (slots_ == 2) {
       __pipeline_wait_prior(0);
-    } else if (slots_ == 3) {
-      __pipeline_wait_prior(1);
     } else {
-      __pipeline_wait_prior(2);
+      __pipeline_wait_prior(1);
     }
   }
 

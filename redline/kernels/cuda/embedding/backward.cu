@@ -214,6 +214,8 @@ __device__ __forceinline__ void sum_chunks_of(const Backward& args, Range places
 template <typename Out, int V>
 __global__ void __launch_bounds__(sum_threads) chunks_kernel(const Backward args) {
   __shared__ Range places;
+  // rows and begins are read before the wait: the sort had ended before sum_kernel, which waited
+  // for it, allowed this launch.
   const int64_t at = int64_t{blockIdx.x} * chunk + threadIdx.x;
   if (threadIdx.x == 0) places = {};
   __syncthreads();

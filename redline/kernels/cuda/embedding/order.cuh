@@ -80,9 +80,10 @@ constexpr int most_runs = 32, position_bits = 14;
 static_assert(run_tokens * most_runs == 1 << position_bits);
 
 // A key is the row above the position: no two are the same, and all fit 32 bits.
+// The last row of all is for the filler, whose keys are above every token's.
 bool runs_fit(const Tokens& tokens) {
-  return tokens.count <= run_tokens * most_runs && tokens.vocabulary < int64_t{1}
-                                                                           << (32 - position_bits);
+  constexpr int64_t rows = int64_t{1} << (32 - position_bits);
+  return tokens.count <= run_tokens * most_runs && tokens.vocabulary < rows - 1;
 }
 
 // keys: [runs, run_tokens], each run ascending; the last one ends with keys above all.
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(run_tokens)
   const int position = blockIdx.x * run_tokens + threadIdx.x;
   const uint32_t key = position < tokens.count
                            ? row_of(tokens, position, padding_index) << position_bits | position
-                           : UINT32_MAX - run_tokens + threadIdx.x;
+                           : UINT32_MAX - (run_tokens - 1) + threadIdx.x;
   run[threadIdx.x] = key;
   __syncthreads();
   int below = 0;

@@ -143,7 +143,7 @@ void launch_rows(const Op& op, bool aligned, Stream stream) {
   }
 }
 
-// Adds a row's parts in order. The launch before it wrote them.
+// Adds a row's parts in order. The walk down the columns wrote them.
 template <typename Op>
 __global__ void __launch_bounds__(row_block) parts_kernel(const Op op, int count) {
   const int64_t row = int64_t{blockIdx.x} * row_block + threadIdx.x;
@@ -185,6 +185,8 @@ void run(const GatedActivationBackward& args, Stream stream) {
                                matrix(args.gate_grad, false),      matrix(args.linear_grad, false),
                                matrix(args.row_scale_grad, false), matrix(args.y, false),
                                args.row_parts.as<float>()};
+    REDLINE_CHECK(!args.bias_grad.total || !args.row_scale_grad || args.row_parts,
+                  "gated_activation: row_parts: expected a workspace beside both gradients");
     if (args.bias_grad.total) {
       launch_columns(op, args.bias_grad, aligned, stream);
       if (args.row_scale_grad) launch_parts(op, stream);

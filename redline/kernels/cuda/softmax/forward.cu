@@ -82,8 +82,18 @@ __device__ __forceinline__ void load_mask(const Row& row, Columns<Aligned> at,
 template <typename T>
 using pair_of = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, __nv_bfloat162, __half2>;
 
-// Where `masked` is set, `excluded` in place of the score. Two 16-bit scores at once: their mask's
-// bytes, each 0 or 1, widened to words of zeros and ones.
+// Of two bytes of `mask`, the lower or the upper ones, a 16-bit half each: all ones where the byte
+// is not zero. A bool that came from another type may hold any bits.
+__device__ __forceinline__ uint32_t widened(uint32_t mask, bool upper) {
+  const uint32_t top_bits = ((mask & 0x7f7f7f7fu) + 0x7f7f7f7fu) | mask;
+  uint32_t halves;
+  asm("prmt.b32 %0, %1, 0, %2;"  // 8 and above: the byte's top bit, eight times
+      : "=r"(halves)
+      : "r"(top_bits), "r"(upper ? 0xbbaau : 0x9988u));
+  return halves;
+}
+
+// Where `masked` is set, `excluded` in place of the score: two 16-bit scores at once.
 template <typename T, int N>
 __device__ __forceinline__ void exclude(Packed<T>& held, const Packed<bool, N>& masked,
                                         T excluded) {
@@ -94,7 +104,7 @@ __device__ __forceinline__ void exclude(Packed<T>& held, const Packed<bool, N>& 
     const auto& bytes = reinterpret_cast<const uint32_t(&)[N / 4]>(masked);
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) {
-      const uint32_t ones = __byte_perm(bytes[i / 2] * 255u, 0, i % 2 == 0 ? 0x1100 : 0x3322);
+      const uint32_t ones = widened(bytes[i / 2], i % 2 == 1);
       words[i] = (words[i] & ~ones) | (instead & ones);
     }
   } else {
