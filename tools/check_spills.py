@@ -21,6 +21,7 @@ import sysconfig
 from pathlib import Path
 
 read_for_registers = {
+    "cross_entropy/promised.cu",
     "embedding/backward.cu",
     "embedding/forward.cu",
     "norm/backward.cu",

@@ -98,6 +98,41 @@ void check(const CrossEntropyGradient& args) {
   check_z_loss(args.z_loss);
 }
 
+CrossEntropyStatistics statistics_of(const CrossEntropyPromise& args) {
+  return {.logits = args.logits,
+          .targets = args.targets,
+          .statistics = args.statistics,
+          .ignore_index = args.ignore_index,
+          .softcap = args.softcap,
+          .skip_ignored = true};
+}
+
+CrossEntropyGradient gradient_of(const CrossEntropyPromise& args) {
+  return {.logits = args.logits,
+          .targets = args.targets,
+          .statistics = args.statistics,
+          .loss_grad = args.loss_scale,
+          .log_sum_exp_grad = {},
+          .count = args.count,
+          .logits_grad = args.logits_grad,
+          .vocabulary = args.logits.sizes[1],
+          .ignore_index = args.ignore_index,
+          .label_smoothing = args.label_smoothing,
+          .z_loss = args.z_loss,
+          .softcap = args.softcap};
+}
+
+void check(const CrossEntropyPromise& args) {
+  check(statistics_of(args));
+  check(gradient_of(args));
+  check_smoothing(args.label_smoothing, args.statistics);
+}
+
+void check(const CrossEntropyRescale& args) {
+  check_logits(args.logits_grad);
+  check_values(op, "ratio", args.ratio, 1, accumulation_dtype(args.logits_grad.dtype));
+}
+
 void check_targets(const char* op, const TensorView& targets, int64_t vocabulary,
                    int64_t ignore_index) {
   for (int64_t row = 0; row < targets.sizes[0]; ++row) {
@@ -111,6 +146,16 @@ void check_targets(const char* op, const TensorView& targets, int64_t vocabulary
 void run(const CrossEntropyStatistics& args, Range rows) { kernels().statistics(args, rows); }
 void run(const CrossEntropyLoss& args, Range rows) { kernels().loss(args, rows); }
 void run(const CrossEntropyGradient& args, Range rows) { kernels().gradient(args, rows); }
+
+// Row by row: the gradient reads what the statistics have brought into the cache.
+void run(const CrossEntropyPromise& args, Range rows) {
+  const CrossEntropyStatistics statistics = statistics_of(args);
+  const CrossEntropyGradient gradient = gradient_of(args);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    kernels().statistics(statistics, {row, row + 1});
+    kernels().gradient(gradient, {row, row + 1});
+  }
+}
 
 namespace {
 

@@ -63,24 +63,55 @@ struct CrossEntropyGradient {
   double softcap = 0;
 };
 
+// Statistics and gradient in one pass, under an upstream gradient that is known before the loss:
+// the logits are read once where a row fits into the shared memory of a cluster. Rows that are
+// ignored are not read.
+struct CrossEntropyPromise {
+  TensorView logits;       // [rows, cols], the whole vocabulary
+  TensorView targets;      // [rows] int64
+  TensorView loss_scale;   // [rows] accumulation dtype; a stride of 0 repeats one value
+  TensorView count;        // [1] accumulation dtype, optional
+  TensorView statistics;   // [rows, 3 or 4] accumulation dtype, out
+  TensorView logits_grad;  // [rows, cols], out, logits' dtype; may be the logits themselves
+  int64_t ignore_index = -100;
+  double label_smoothing = 0;
+  double z_loss = 0;
+  double softcap = 0;
+};
+
+// The two passes that a promise stands for.
+CrossEntropyStatistics statistics_of(const CrossEntropyPromise&);
+CrossEntropyGradient gradient_of(const CrossEntropyPromise&);
+
+// What was promised becomes what is: logits_grad times ratio, and left alone where that is 1.
+struct CrossEntropyRescale {
+  TensorView logits_grad;  // [rows, cols], in and out
+  TensorView ratio;        // [1] accumulation dtype
+};
+
 void check(const CrossEntropyStatistics&);
 void check(const CrossEntropyLoss&);  // on the CPU check_targets() too
 void check(const CrossEntropyGradient&);
+void check(const CrossEntropyPromise&);
+void check(const CrossEntropyRescale&);
 
 // Throws where a target is neither a class nor ignore_index. Reads the targets: CPU tensors alone.
 void check_targets(const char* op, const TensorView& targets, int64_t vocabulary,
                    int64_t ignore_index);
 
-// CPU. finish() adds the rows in index order.
+// CPU. finish() adds the rows in index order. A rescale is ATen's there.
 void run(const CrossEntropyStatistics&, Range rows);
 void run(const CrossEntropyLoss&, Range rows);
 void finish(const CrossEntropyLoss&);
 void run(const CrossEntropyGradient&, Range rows);
+void run(const CrossEntropyPromise&, Range rows);
 
 // CUDA. The loss includes the sum.
 void run(const CrossEntropyStatistics&, Stream);
 void run(const CrossEntropyLoss&, Stream);
 void run(const CrossEntropyGradient&, Stream);
+void run(const CrossEntropyPromise&, Stream);
+void run(const CrossEntropyRescale&, Stream);
 
 // How many partial sums the rows' losses fall into on CUDA.
 constexpr int64_t loss_chunks(int64_t rows) { return (rows + 1023) / 1024; }

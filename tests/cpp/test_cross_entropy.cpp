@@ -1,6 +1,8 @@
 // Wiring of the cross entropy kernels: what they write, where they stop, what they refuse.
 #include <gtest/gtest.h>
 
+#include <cstring>
+
 #include "redline/kernels/cross_entropy.h"
 #include "tests/cpp/buffer.h"
 #include "tests/cpp/shapes.h"
@@ -77,6 +79,32 @@ TEST(CrossEntropy, WritesStatisticsLossAndGradient) {
   });
 }
 
+TEST(CrossEntropy, APromiseOverTheLogitsHasTheBitsOfTwoPasses) {
+  test::for_shapes([](const Shape& s) {
+    if (s.cols < 3) return;
+    const Tensors two(s), one(s);
+    CrossEntropyGradient gradient = two.third();
+    gradient.count = {};
+    run(two.first(), Range{0, s.rows});
+    run(gradient, Range{0, s.rows});
+    const CrossEntropyPromise promise = {.logits = one.logits,
+                                         .targets = one.targets,
+                                         .loss_scale = one.loss_grad,
+                                         .count = {},
+                                         .statistics = one.statistics,
+                                         .logits_grad = one.logits,
+                                         .label_smoothing = 0.1,
+                                         .z_loss = 1e-4,
+                                         .softcap = 30};
+    check(promise);
+    run(promise, Range{0, s.rows});
+    const TensorView ours = one.logits, theirs = two.logits_grad;
+    EXPECT_EQ(std::memcmp(ours.data, theirs.data, ours.bytes()), 0);
+    const TensorView found = one.statistics, expected = two.statistics;
+    EXPECT_EQ(std::memcmp(found.data, expected.data, found.bytes()), 0);
+  });
+}
+
 TEST(CrossEntropy, ATargetThatIsNoClassIsRefused) {
   const Tensors tensors({DType::float32, 3, 16});
   EXPECT_NO_THROW(check_targets("op", tensors.targets, 3, -100));
@@ -92,6 +120,8 @@ TEST(CrossEntropy, ArgumentsThatDoNotFitAreRefused) {
   CrossEntropyGradient gradient = tensors.third();
   gradient.logits_grad = tensors.statistics;
   EXPECT_THROW(check(gradient), Error);
+  EXPECT_NO_THROW(check(CrossEntropyRescale{tensors.logits_grad, tensors.count}));
+  EXPECT_THROW(check(CrossEntropyRescale{tensors.logits_grad, tensors.row_loss}), Error);
 }
 
 }  // namespace

@@ -1,80 +1,11 @@
 // The gradient of cross_entropy (kernels/cross_entropy.h): one read, one 16-byte write per vector.
 // Rows may start at any address: any vocabulary runs this path. Bound by bytes; of the floor:
 // bench/results.
-#include "redline/kernels/cuda/cross_entropy/logits.cuh"
+#include "redline/kernels/cuda/cross_entropy/gradient.cuh"
 
 namespace redline {
 namespace cuda {
 namespace {
-
-struct GradientArgs : Logits {
-  const float* statistics;
-  const float* loss_grad;
-  const float* log_sum_exp_grad;
-  const float* count;
-  void* logits_grad;
-  int64_t grad_stride, loss_grad_stride, vocabulary;
-  int width;
-  float label_smoothing, z_loss;
-};
-
-// What one row's gradient is made of: e^(x - maximum) * scale - shift, less `hot` at the target.
-struct RowGradient {
-  float maximum, scale, shift, hot;
-};
-
-__device__ __forceinline__ RowGradient row_gradient(const GradientArgs& args, int64_t row,
-                                                    int64_t target) {
-  const float* statistics = args.statistics + row * args.width;
-  float upstream = 0.0f;
-  if (target != args.ignore_index) {
-    upstream = args.loss_grad[row * args.loss_grad_stride];
-    if (args.count != nullptr) upstream /= *args.count;
-    if (!is_class(target, args.vocabulary)) upstream = __int_as_float(0x7fc00000);
-  }
-  float through_lse = upstream;
-  if (args.z_loss != 0.0f) {
-    through_lse *= 1.0f + 2.0f * args.z_loss * (statistics[0] + logf(statistics[1]));
-  }
-  if (args.log_sum_exp_grad != nullptr) through_lse += args.log_sum_exp_grad[row];
-  return {statistics[0], through_lse / statistics[1],
-          upstream * args.label_smoothing / static_cast<float>(args.vocabulary),
-          upstream * (1.0f - args.label_smoothing)};
-}
-
-// The gradient of the vector at `col`; `hot_col` is the target's column, or one outside the row.
-template <typename T>
-__device__ __forceinline__ Packed<T> gradient_vector(const Packed<T>& logits,
-                                                     const RowGradient& row, int col, int hot_col,
-                                                     float softcap) {
-  constexpr int N = vector_size<T>;
-  float grad[N];
-  const auto one_hot = [&] {
-    if (hot_col < col || hot_col >= col + N) return;
-#pragma unroll
-    for (int i = 0; i < N; ++i) grad[i] -= col + i == hot_col ? row.hot : 0.0f;
-  };
-  if (softcap == 0.0f) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const float e = exponential<fast<T>>(element(logits, i) - row.maximum);
-      grad[i] = e * row.scale - row.shift;
-    }
-    one_hot();
-    return pack<T>(grad);
-  }
-  float slope[N];
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const float x = capped(element(logits, i), softcap);
-    grad[i] = exponential<fast<T>>(x - row.maximum) * row.scale - row.shift;
-    slope[i] = 1.0f - (x / softcap) * (x / softcap);
-  }
-  one_hot();
-#pragma unroll
-  for (int i = 0; i < N; ++i) grad[i] *= slope[i];
-  return pack<T>(grad);
-}
 
 // Elements [col, col + N) of those within the row; row + col is a multiple of 16 bytes.
 template <typename T>
@@ -110,7 +41,11 @@ __global__ void __launch_bounds__(Threads, 1024 / Threads)
   Packed<T> packed[in_flight] = {};
   int col = first + static_cast<int>(blockIdx.z * in_flight * step + threadIdx.x * N);
   if (!zeros) load_realigned<Aligned>(row, {col, step, args.cols, shift}, packed, zero);
-  const RowGradient found = zeros ? RowGradient{} : row_gradient(args, row_index, target);
+  const float* statistics = args.statistics + row_index * args.width;
+  const RowGradient found =
+      zeros ? RowGradient{}
+            : row_gradient(args, row_index, upstream_of(args, row_index, target), statistics[0],
+                           statistics[1]);
   const int64_t target_col = target - args.vocab_start;
   const int hot_col = !ignored && is_class(target_col, args.cols) ? static_cast<int>(target_col)
                                                                   : args.cols + step * in_flight;
@@ -136,18 +71,7 @@ __global__ void __launch_bounds__(Threads, 1024 / Threads)
 
 void run(const CrossEntropyGradient& args, Stream stream) {
   using namespace cuda;
-  const GradientArgs device = {logits_of(args),
-                               args.statistics.as<const float>(),
-                               args.loss_grad.as<const float>(),
-                               args.log_sum_exp_grad.as<const float>(),
-                               args.count.as<const float>(),
-                               args.logits_grad.data,
-                               args.logits_grad.strides[0],
-                               args.loss_grad.strides[0],
-                               args.vocabulary,
-                               static_cast<int>(args.statistics.sizes[1]),
-                               static_cast<float>(args.label_smoothing),
-                               static_cast<float>(args.z_loss)};
+  const GradientArgs device = gradient_args(args);
   visit_dtype<float, bfloat16, float16>("cross_entropy", args.logits.dtype, [&]<typename Host>() {
     using T = device_type<Host>;
     visit_threads(ceil_div(device.cols, vector_size<T>), [&]<int threads>() {

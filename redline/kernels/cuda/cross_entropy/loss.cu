@@ -3,8 +3,7 @@
 // way while four are added.
 // Rows may start at any address: any vocabulary runs this path. Bound by bytes; of the floor:
 // bench/results.
-#include "redline/kernels/cuda/cross_entropy/logits.cuh"
-#include "redline/kernels/cuda/device/reduce.cuh"
+#include "redline/kernels/cuda/cross_entropy/statistics.cuh"
 
 namespace redline {
 namespace cuda {
@@ -16,62 +15,11 @@ struct StatisticsArgs : Logits {
   bool skip_ignored;
 };
 
-__device__ __forceinline__ float negative_infinity() { return __int_as_float(0xff800000); }
-
-// The maximum of what a thread has seen, the sum of e^(x - maximum), the sum of x.
-struct Running {
-  float maximum, exponentials, sum;
-};
-
-// Adds vectors whose elements beyond the row hold -inf. A first pass finds the maximum, which a
-// softcap leaves where it is, so that the sum is rescaled once a tile and not once an element.
-template <typename T>
-__device__ __forceinline__ void add_vectors(const Packed<T> (&packed)[in_flight], RowVectors at,
-                                            const StatisticsArgs& args, Running& running) {
-  constexpr int N = vector_size<T>, count = in_flight * N;
-  if (at.col >= at.cols) return;
-  const auto raw = [&](int k) { return element(packed[k / N], k % N); };
-  float maximum = raw(0);
-#pragma unroll
-  for (int k = 1; k < count; ++k) maximum = fmaxf(maximum, raw(k));
-  maximum = fmaxf(running.maximum, capped(maximum, args.softcap));
-  if (maximum > running.maximum) {
-    running.exponentials *= exponential<fast<T>>(running.maximum - maximum);
-    running.maximum = maximum;
-  }
-  const float origin = maximum == negative_infinity() ? 0.0f : maximum;
-  if (args.softcap == 0.0f && args.width == 3) {
-#pragma unroll
-    for (int k = 0; k < count; ++k) running.exponentials += exponential<fast<T>>(raw(k) - origin);
-    return;
-  }
-#pragma unroll
-  for (int k = 0; k < count; ++k) {
-    if (at.col + k / N * at.step + k % N >= at.cols) continue;
-    const float x = capped(raw(k), args.softcap);
-    running.sum += x;
-    running.exponentials += exponential<fast<T>>(x - origin);
-  }
-}
-
-// The largest value of the block, in every thread.
-template <int Threads>
-__device__ __forceinline__ float block_max(float value, float* scratch) {
-  value = warp_max(value);
-  if constexpr (Threads > 32) {
-    const int lane = threadIdx.x % 32;
-    if (lane == 0) scratch[threadIdx.x / 32] = value;
-    __syncthreads();
-    value = warp_max(lane < Threads / 32 ? scratch[lane] : negative_infinity());
-  }
-  return value;
-}
-
 template <typename T, int Threads, bool Aligned>
 __global__ void __launch_bounds__(Threads, 1024 / Threads)
     statistics_kernel(const StatisticsArgs args) {
   constexpr int N = vector_size<T>, step = Threads * N;
-  __shared__ float max_scratch[32], sum_scratch[2 * 32];
+  __shared__ float scratch[statistics_scratch];
   const int64_t row_index = block_row();
   if (row_index >= args.rows) return;
   const int64_t target = args.targets[row_index];
@@ -91,7 +39,7 @@ __global__ void __launch_bounds__(Threads, 1024 / Threads)
     RowVectors following = at;
     following.col += in_flight * step;
     if (Aligned) load_realigned<Aligned>(row, following, next, outside);
-    add_vectors(packed, at, args, running);
+    add_vectors(packed, at, {args.softcap, args.width == 4}, running);
     at = following;
     if constexpr (Aligned) {
 #pragma unroll
@@ -101,17 +49,13 @@ __global__ void __launch_bounds__(Threads, 1024 / Threads)
     }
   }
 
-  const float maximum = block_max<Threads>(running.maximum, max_scratch);
-  const float origin = maximum == negative_infinity() ? 0.0f : maximum;
-  float sums[2] = {running.exponentials * exponential<fast<T>>(running.maximum - origin),
-                   running.sum};
-  block_sum<Threads>(sums, sum_scratch);
+  running = over_block<T, Threads>(running, scratch);
   if (threadIdx.x != 0) return;
   const int64_t target_col = target - args.vocab_start;
-  out[0] = maximum;
-  out[1] = sums[0];
+  out[0] = running.maximum;
+  out[1] = running.exponentials;
   out[2] = is_class(target_col, args.cols) ? capped(to_float(row[target_col]), args.softcap) : 0.0f;
-  if (args.width == 4) out[3] = sums[1];
+  if (args.width == 4) out[3] = running.sum;
 }
 
 struct LossArgs {

@@ -4,8 +4,7 @@
 // of the time). A thread may read its pieces again until it asks for the row that takes their slot.
 #pragma once
 
-#include <cuda_pipeline.h>
-
+#include "redline/kernels/cuda/device/copy_async.cuh"
 #include "redline/kernels/cuda/device/vector.cuh"
 
 namespace redline::cuda {
@@ -79,12 +78,6 @@ class RowRing {
   }
 
  private:
-  // Past the first-level cache, the 128 bytes around it into the second.
-  static __device__ __forceinline__ void copy_async(int4* to, const int4* from) {
-    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(at), "l"(from)
-                 : "memory");
-  }
   __device__ __forceinline__ int4* piece(int slot, int k) const {
     return reinterpret_cast<int4*>(own_ + slot + k * (Threads * 16));
   }

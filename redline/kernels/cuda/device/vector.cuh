@@ -22,6 +22,10 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Packed {
   T values[N];
 };
 
+// Two 16-bit elements, as the instructions on pairs take them.
+template <typename T>
+using pair_of = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, __nv_bfloat162, __half2>;
+
 // One of them as float32. The upper of two bfloat16 takes one instruction here, by itself two.
 template <typename T, int N>
 __device__ __forceinline__ float element(const Packed<T, N>& packed, int i) {

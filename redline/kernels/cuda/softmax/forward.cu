@@ -79,9 +79,6 @@ __device__ __forceinline__ void load_mask(const Row& row, Columns<Aligned> at,
   }
 }
 
-template <typename T>
-using pair_of = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, __nv_bfloat162, __half2>;
-
 // Of two bytes of `mask`, the lower or the upper ones, a 16-bit half each: all ones where the byte
 // is not zero. A bool that came from another type may hold any bits.
 __device__ __forceinline__ uint32_t widened(uint32_t mask, bool upper) {
