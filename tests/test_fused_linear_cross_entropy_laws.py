@@ -174,7 +174,7 @@ def test_targets_out_of_range(device):
         ({"loss_scale": (4,)}, r"loss_scale: expected a scalar, not \[4\]"),
         (
             {"loss_scale": (3,), "reduction": "none"},
-            r"loss_scale: expected a scalar, or one number per token, not \[3\]",
+            r"loss_scale: expected a scalar, or one number per target, not \[3\]",
         ),
         ({"loss_scale": torch.long}, r"loss_scale: expected a floating dtype, not Long"),
         ({"main_grad": (3, 8)}, r"main_grad: expected \[8, 3\], not \[3, 8\]"),

@@ -57,7 +57,7 @@ Tensor GPTImpl::forward(const Tensor& tokens, const Packing& packing) {
 Tensor GPTImpl::fused_loss(const Tensor& x, const Tensor& targets) {
   ops::FusedLinearCrossEntropyOptions fused;
   if (options.fused_loss == FusedLoss::promise) {
-    fused.loss_scale = torch::ones({}, x.options().dtype(torch::kFloat));
+    fused.loss.loss_scale = torch::ones({}, x.options().dtype(torch::kFloat));
   }
   if (options.tied)
     return ops::fused_linear_cross_entropy(x, embedding->weight, targets, {}, fused);

@@ -1,11 +1,10 @@
 #include "redline/ops/cross_entropy.h"
 
-#include <ATen/MemoryOverlap.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/graph_task.h>
 
-#include <cmath>
-
-#include "redline/kernels/cross_entropy.h"
+#include "redline/ops/cross_entropy_inner.h"
+#include "redline/ops/cross_entropy_promise.h"
 #include "redline/ops/registration.h"
 #include "redline/ops/run.h"
 #include "redline/ops/strict.h"
@@ -14,163 +13,26 @@ namespace redline::ops {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 using torch::autograd::AutogradContext, torch::autograd::variable_list;
 
 constexpr const char* op_name = "cross_entropy";
-
-Reduction reduction_from(const char* op, std::string_view name) {
-  if (name == "none") return Reduction::none;
-  if (name == "mean") return Reduction::mean;
-  TORCH_CHECK(name == "sum", op, ": reduction: expected none, mean or sum, not ", name);
-  return Reduction::sum;
-}
-
-void check_inputs(const Tensor& logits, const Tensor& targets) {
-  TORCH_CHECK(logits.dim() >= 1, op_name,
-              ": logits: expected at least one dimension, not a scalar");
-  TORCH_CHECK(at::isFloatingType(logits.scalar_type()), op_name,
-              ": logits: expected a floating dtype, not ", logits.scalar_type());
-  TORCH_CHECK(targets.scalar_type() == at::kLong || targets.scalar_type() == at::kInt, op_name,
-              ": targets: expected classes as int64 or int32 (soft targets are not built), not ",
-              targets.scalar_type());
-  const auto rows = logits.sym_sizes().slice(0, logits.dim() - 1);
-  TORCH_CHECK(targets.sym_sizes() == rows, op_name, ": targets: expected ", rows, ", not ",
-              targets.sym_sizes());
-  check_devices(op_name, logits, {{"targets", targets}});
-}
-
-// --- inner ops ----------------------------------------------------------------------------------
-
-Tensor cross_entropy_statistics(const Tensor& logits, const Tensor& targets,
-                                c10::SymInt vocab_start, std::optional<double> logit_softcap,
-                                std::optional<int64_t> ignore_index, bool with_sum) {
-  check_inputs(logits, targets);
-  const Tensor statistics = at::empty_symint({targets.sym_numel(), with_sum ? 4 : 3},
-                                             logits.options().dtype(accumulation_type(logits)));
-  if (logits.is_meta()) return statistics;
-  const Tensor logit_rows = with_rows(op_name, "logits", logits),
-               rows = flat_targets(op_name, targets);
-  const CrossEntropyStatistics args{.logits = view_rows(logit_rows),
-                                    .targets = view(rows),
-                                    .statistics = view(statistics),
-                                    .vocab_start = vocab_start.expect_int(),
-                                    .ignore_index = ignore_index.value_or(0),
-                                    .softcap = logit_softcap.value_or(0),
-                                    .skip_ignored = ignore_index.has_value()};
-  run_rows(logits, args, args.logits.sizes[0], args.logits.sizes[1]);
-  return statistics;
-}
-
-// {loss, log_sum_exp, count}; count is what a mean was divided by.
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_loss(const Tensor& statistics,
-                                                      const Tensor& targets, c10::SymInt vocabulary,
-                                                      std::string_view reduction_name,
-                                                      int64_t ignore_index, double label_smoothing,
-                                                      double z_loss) {
-  const Reduction reduction = reduction_from(op_name, reduction_name);
-  const bool reduced = reduction != Reduction::none;
-  const auto options = statistics.options();
-  const Tensor log_sum_exp = at::empty_symint(targets.sym_sizes(), options);
-  const Tensor loss =
-      reduced ? at::empty({}, options) : at::empty_symint(targets.sym_sizes(), options);
-  const Tensor count = reduced ? at::empty({}, options) : no_output(statistics);
-  if (statistics.is_meta()) return {loss, log_sum_exp, count};
-  const Tensor rows = flat_targets(op_name, targets);
-  const Tensor row_loss = reduced ? at::empty({rows.numel()}, options) : loss.view({-1});
-  const Tensor partial = reduced && statistics.is_cuda()
-                             ? at::empty({loss_chunks(rows.numel()), 2}, options)
-                             : Tensor();
-  const CrossEntropyLoss args{.statistics = view(statistics),
-                              .targets = view(rows),
-                              .row_loss = view(row_loss),
-                              .log_sum_exp = view(log_sum_exp.view({-1})),
-                              .loss = reduced ? view(loss.view({1})) : TensorView{},
-                              .count = reduced ? view(count.view({1})) : TensorView{},
-                              .partial = view(partial),
-                              .vocabulary = vocabulary.expect_int(),
-                              .ignore_index = ignore_index,
-                              .label_smoothing = label_smoothing,
-                              .z_loss = z_loss,
-                              .reduction = reduction};
-  if (!statistics.is_cuda()) check_targets(op_name, args.targets, args.vocabulary, ignore_index);
-  if (run_on_cuda(statistics, args)) return {loss, log_sum_exp, count};
-  parallel_ranges(rows.numel(), 4096, "rows", [&](Range range) { run(args, range); });
-  if (reduced) finish(args);
-  return {loss, log_sum_exp, count};
-}
-
-void write_gradient(const Tensor& logits, const Tensor& logits_grad,
-                    const CrossEntropyUpstream& in) {
-  const Tensor rows = flat_targets(op_name, in.targets);
-  const auto type = accumulation_type(logits);
-  const Tensor loss_grad = in.loss_grad.to(type).reshape({-1}).contiguous();
-  OptionalTensor lse_grad = in.log_sum_exp_grad;
-  if (lse_grad) lse_grad = lse_grad->to(type).reshape({-1}).contiguous();
-  const OptionalTensor count = in.count ? OptionalTensor(in.count->view({1})) : std::nullopt;
-  TensorView upstream = view(loss_grad);
-  if (in.loss_grad.dim() == 0) {  // of a reduced loss: one value for all rows
-    upstream.sizes[0] = rows.numel();
-    upstream.strides[0] = 0;
-  }
-  const CrossEntropyGradient args{.logits = view_rows(logits),
-                                  .targets = view(rows),
-                                  .statistics = view(in.statistics),
-                                  .loss_grad = upstream,
-                                  .log_sum_exp_grad = view(lse_grad),
-                                  .count = view(count),
-                                  .logits_grad = view_rows(logits_grad),
-                                  .vocab_start = in.vocab_start.expect_int(),
-                                  .vocabulary = in.vocabulary.expect_int(),
-                                  .ignore_index = in.options.ignore_index,
-                                  .label_smoothing = in.options.label_smoothing,
-                                  .z_loss = in.options.z_loss,
-                                  .softcap = in.options.logit_softcap.value_or(0)};
-  run_rows(logits, args, args.logits.sizes[0], args.logits.sizes[1]);
-}
-
-Tensor cross_entropy_gradient(const Tensor& logits, const Tensor& targets, const Tensor& statistics,
-                              const Tensor& loss_grad, const OptionalTensor& log_sum_exp_grad,
-                              const OptionalTensor& count, c10::SymInt vocab_start,
-                              c10::SymInt vocabulary, int64_t ignore_index, double label_smoothing,
-                              double z_loss, std::optional<double> logit_softcap) {
-  check_inputs(logits, targets);
-  const Tensor logits_grad = at::empty_like(logits, at::MemoryFormat::Contiguous);
-  if (logits.is_meta()) return logits_grad;
-  const CrossEntropyOptions formula = {"", ignore_index, label_smoothing, z_loss, logit_softcap};
-  write_gradient(
-      with_rows(op_name, "logits", logits), logits_grad,
-      {targets, statistics, loss_grad, log_sum_exp_grad, count, vocab_start, vocabulary, formula});
-  return logits_grad;
-}
-
-void cross_entropy_gradient_inplace(Tensor& logits, const Tensor& targets, const Tensor& statistics,
-                                    const Tensor& loss_grad, const OptionalTensor& log_sum_exp_grad,
-                                    const OptionalTensor& count, c10::SymInt vocab_start,
-                                    c10::SymInt vocabulary, int64_t ignore_index,
-                                    double label_smoothing, double z_loss,
-                                    std::optional<double> logit_softcap) {
-  check_inputs(logits, targets);
-  at::assert_no_internal_overlap(logits);
-  // Whoever saved the logits too then gets torch's error, not these values.
-  if (!logits.is_inference()) torch::autograd::impl::bump_version(logits);
-  if (logits.is_meta()) return;
-  const Tensor rows = with_rows(op_name, "logits", logits);  // a copy where the layout asks for one
-  const CrossEntropyOptions formula = {"", ignore_index, label_smoothing, z_loss, logit_softcap};
-  write_gradient(
-      rows, rows,
-      {targets, statistics, loss_grad, log_sum_exp_grad, count, vocab_start, vocabulary, formula});
-  if (!rows.is_same(logits)) logits.copy_(rows);
-}
 
 struct Forward {
   Tensor loss, log_sum_exp, count, statistics;
 };
 
+void check_inputs(const Tensor& logits, const Tensor& targets, const CrossEntropyOptions& options,
+                  bool with_log_sum_exp) {
+  check_loss_inputs(logits, targets);
+  check_options(op_name, options);
+  check_loss_scale(op_name, targets, options);
+  TORCH_CHECK(!options.loss_scale || !with_log_sum_exp, op_name,
+              ": loss_scale: expected none with log_sum_exp, whose upstream gradient is not "
+              "promised");
+}
+
 Forward call_forward(const Tensor& logits, const Tensor& targets,
                      const CrossEntropyOptions& options, bool every_row) {
-  check_inputs(logits, targets);
-  check_options(op_name, options);
   const Tensor statistics = call_statistics(logits, targets, options, every_row);
   const auto [loss, lse, count] = call_loss(statistics, targets, logits.sym_size(-1), options);
   return {loss, lse, count, statistics};
@@ -225,16 +87,47 @@ struct CrossEntropyFunction {
   }
 };
 
-variable_list differentiable(const Tensor& logits, const Tensor& targets,
-                             const CrossEntropyOptions& options, bool with_log_sum_exp) {
-  if (options.inplace_backward) check_overwritable(logits);
-  return StrictNode<CrossEntropyFunction>::apply(logits, targets, options, with_log_sum_exp);
-}
+// Under options.loss_scale: what is kept is the gradient.
+struct PromisedCrossEntropyFunction {
+  static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& targets,
+                        const CrossEntropyOptions& options) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const bool inplace = options.inplace_backward && !is_traced(logits);
+    const auto [statistics, kept] = call_promise(logits, targets, options, inplace);
+    ctx->save_for_backward({kept, *options.loss_scale});
+    return std::get<0>(call_loss(statistics, targets, logits.sym_size(-1), options));
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    TORCH_CHECK(!at::GradMode::is_enabled(), op_name,
+                ": loss_scale: expected a backward without create_graph");
+    const variable_list saved = ctx->get_saved_variables();
+    // Given away, unless the graph is kept for another backward.
+    const bool inplace =
+        !is_traced(saved[0]) && !torch::autograd::get_current_graph_task_keep_graph();
+    return {call_fulfil(saved[0], grads[0], saved[1], inplace), Tensor(), Tensor()};
+  }
+};
 
 variable_list without_derivative(const Tensor& logits, const Tensor& targets,
                                  const CrossEntropyOptions& options, bool with_log_sum_exp) {
+  check_inputs(logits, targets, options, with_log_sum_exp);
   const Forward out = call_forward(logits, targets, options, with_log_sum_exp);
   return {out.loss, out.log_sum_exp};
+}
+
+variable_list differentiable(const Tensor& logits, const Tensor& targets,
+                             const CrossEntropyOptions& options, bool with_log_sum_exp) {
+  check_inputs(logits, targets, options, with_log_sum_exp);
+  if (options.inplace_backward) check_overwritable(logits);
+  if (!options.loss_scale) {
+    return StrictNode<CrossEntropyFunction>::apply(logits, targets, options, with_log_sum_exp);
+  }
+  if (logits.requires_grad() && at::GradMode::is_enabled()) {
+    return {StrictNode<PromisedCrossEntropyFunction>::apply(logits, targets, options)};
+  }
+  const at::AutoDispatchBelowADInplaceOrView below;  // no gradient: the promise costs nothing
+  return without_derivative(logits, targets, options, with_log_sum_exp);
 }
 
 // The public ops of one dispatch key, in the form of their schemas.
@@ -242,21 +135,20 @@ template <variable_list (*Run)(const Tensor&, const Tensor&, const CrossEntropyO
 struct Public {
   static Tensor loss(const Tensor& logits, const Tensor& targets, std::string_view reduction,
                      int64_t ignore_index, double label_smoothing, double z_loss,
-                     std::optional<double> logit_softcap, bool inplace_backward) {
+                     std::optional<double> logit_softcap, bool inplace_backward,
+                     const std::optional<Tensor>& loss_scale) {
     return Run(logits, targets,
                {std::string(reduction), ignore_index, label_smoothing, z_loss, logit_softcap,
-                inplace_backward},
+                inplace_backward, loss_scale},
                false)[0];
   }
-  static std::tuple<Tensor, Tensor> with_log_sum_exp(const Tensor& logits, const Tensor& targets,
-                                                     std::string_view reduction,
-                                                     int64_t ignore_index, double label_smoothing,
-                                                     double z_loss,
-                                                     std::optional<double> logit_softcap,
-                                                     bool inplace_backward) {
+  static std::tuple<Tensor, Tensor> with_log_sum_exp(
+      const Tensor& logits, const Tensor& targets, std::string_view reduction, int64_t ignore_index,
+      double label_smoothing, double z_loss, std::optional<double> logit_softcap,
+      bool inplace_backward, const std::optional<Tensor>& loss_scale) {
     const variable_list out = Run(logits, targets,
                                   {std::string(reduction), ignore_index, label_smoothing, z_loss,
-                                   logit_softcap, inplace_backward},
+                                   logit_softcap, inplace_backward, loss_scale},
                                   true);
     return {out[0], out[1]};
   }
@@ -266,76 +158,7 @@ struct Public {
   }
 };
 
-void implement_inner(torch::Library& m) {
-  m.impl("cross_entropy_statistics", cross_entropy_statistics);
-  m.impl("cross_entropy_loss", cross_entropy_loss);
-  m.impl("cross_entropy_gradient", cross_entropy_gradient);
-  m.impl("cross_entropy_gradient_inplace", cross_entropy_gradient_inplace);
-}
-
 }  // namespace
-
-// --- for nodes that hold the logits in parts ----------------------------------------------------
-
-void check_options(const char* op, const CrossEntropyOptions& options) {
-  reduction_from(op, options.reduction);
-  TORCH_CHECK(options.label_smoothing >= 0 && options.label_smoothing <= 1, op,
-              ": label_smoothing: expected a number of [0, 1], not ", options.label_smoothing);
-  TORCH_CHECK(options.z_loss >= 0 && std::isfinite(options.z_loss), op,
-              ": z_loss: expected a finite number of 0 or more, not ", options.z_loss);
-  TORCH_CHECK(!options.logit_softcap || *options.logit_softcap > 0, op,
-              ": logit_softcap: expected more than 0, not ", *options.logit_softcap);
-}
-
-void save_options(AutogradContext* ctx, const CrossEntropyOptions& options) {
-  ctx->saved_data["reduction"] = options.reduction;
-  ctx->saved_data["ignore_index"] = options.ignore_index;
-  ctx->saved_data["label_smoothing"] = options.label_smoothing;
-  ctx->saved_data["z_loss"] = options.z_loss;
-  ctx->saved_data["logit_softcap"] = options.logit_softcap;
-  ctx->saved_data["inplace_backward"] = options.inplace_backward;
-}
-
-CrossEntropyOptions saved_options(AutogradContext* ctx) {
-  auto& data = ctx->saved_data;
-  return {data["reduction"].toStringRef(),
-          data["ignore_index"].toInt(),
-          data["label_smoothing"].toDouble(),
-          data["z_loss"].toDouble(),
-          data["logit_softcap"].toOptional<double>(),
-          data["inplace_backward"].toBool()};
-}
-
-Tensor call_statistics(const Tensor& logits, const Tensor& targets,
-                       const CrossEntropyOptions& options, bool every_row) {
-  static const auto op =
-      find_op<decltype(cross_entropy_statistics)>("redline::cross_entropy_statistics");
-  const auto skipped = every_row ? std::nullopt : std::optional(options.ignore_index);
-  return op.call(logits, targets, 0, options.logit_softcap, skipped, options.label_smoothing != 0);
-}
-
-std::tuple<Tensor, Tensor, Tensor> call_loss(const Tensor& statistics, const Tensor& targets,
-                                             c10::SymInt vocabulary,
-                                             const CrossEntropyOptions& options) {
-  static const auto op = find_op<decltype(cross_entropy_loss)>("redline::cross_entropy_loss");
-  return op.call(statistics, targets, std::move(vocabulary), options.reduction,
-                 options.ignore_index, options.label_smoothing, options.z_loss);
-}
-
-Tensor call_gradient(Tensor logits, const CrossEntropyUpstream& in, bool inplace) {
-  static const auto find_inplace =
-      find_op<decltype(cross_entropy_gradient_inplace)>("redline::cross_entropy_gradient_inplace");
-  static const auto find =
-      find_op<decltype(cross_entropy_gradient)>("redline::cross_entropy_gradient");
-  const auto call = [&](const auto& op) {
-    return op.call(logits, in.targets, in.statistics, in.loss_grad, in.log_sum_exp_grad, in.count,
-                   in.vocab_start, in.vocabulary, in.options.ignore_index,
-                   in.options.label_smoothing, in.options.z_loss, in.options.logit_softcap);
-  };
-  if (!inplace) return call(find);
-  call(find_inplace);
-  return logits.detach();
-}
 
 // --- public ops ---------------------------------------------------------------------------------
 
@@ -343,7 +166,8 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& targets,
                      const CrossEntropyOptions& options) {
   static const auto op = find_op<decltype(Public<differentiable>::loss)>("redline::cross_entropy");
   return op.call(logits, targets, options.reduction, options.ignore_index, options.label_smoothing,
-                 options.z_loss, options.logit_softcap, options.inplace_backward);
+                 options.z_loss, options.logit_softcap, options.inplace_backward,
+                 options.loss_scale);
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_with_log_sum_exp(const Tensor& logits,
@@ -352,45 +176,27 @@ std::tuple<Tensor, Tensor> cross_entropy_with_log_sum_exp(const Tensor& logits,
   static const auto op = find_op<decltype(Public<differentiable>::with_log_sum_exp)>(
       "redline::cross_entropy_with_log_sum_exp");
   return op.call(logits, targets, options.reduction, options.ignore_index, options.label_smoothing,
-                 options.z_loss, options.logit_softcap, options.inplace_backward);
+                 options.z_loss, options.logit_softcap, options.inplace_backward,
+                 options.loss_scale);
 }
 
 TORCH_LIBRARY_FRAGMENT(redline, m) {
   m.def(
       "cross_entropy(Tensor logits, Tensor targets, str reduction=\"mean\", "
       "int ignore_index=-100, float label_smoothing=0.0, float z_loss=0.0, "
-      "float? logit_softcap=None, *, bool inplace_backward=False) -> Tensor");
+      "float? logit_softcap=None, *, bool inplace_backward=False, Tensor? loss_scale=None) -> "
+      "Tensor");
   m.def(
       "cross_entropy_with_log_sum_exp(Tensor logits, Tensor targets, str reduction=\"mean\", "
       "int ignore_index=-100, float label_smoothing=0.0, float z_loss=0.0, "
-      "float? logit_softcap=None, *, bool inplace_backward=False) "
+      "float? logit_softcap=None, *, bool inplace_backward=False, Tensor? loss_scale=None) "
       "-> (Tensor loss, Tensor log_sum_exp)");
-  m.def(
-      "cross_entropy_statistics(Tensor logits, Tensor targets, SymInt vocab_start=0, "
-      "float? logit_softcap=None, int? ignore_index=None, bool with_sum=False) -> Tensor");
-  m.def(
-      "cross_entropy_loss(Tensor statistics, Tensor targets, SymInt vocabulary, str reduction, "
-      "int ignore_index, float label_smoothing, float z_loss) "
-      "-> (Tensor loss, Tensor log_sum_exp, Tensor count)");
-  m.def(
-      "cross_entropy_gradient(Tensor logits, Tensor targets, Tensor statistics, "
-      "Tensor loss_grad, Tensor? log_sum_exp_grad, Tensor? count, SymInt vocab_start, "
-      "SymInt vocabulary, int ignore_index, float label_smoothing, float z_loss, "
-      "float? logit_softcap) -> Tensor");
-  m.def(
-      "cross_entropy_gradient_inplace(Tensor(a!) logits, Tensor targets, Tensor statistics, "
-      "Tensor loss_grad, Tensor? log_sum_exp_grad, Tensor? count, SymInt vocab_start, "
-      "SymInt vocabulary, int ignore_index, float label_smoothing, float z_loss, "
-      "float? logit_softcap) -> ()");
 }
 
 // Autocast: 16-bit logits are read as they are. The float32 copy that stock cross entropy makes is
 // the cost.
 const Registration registration({
     .public_ops = {"cross_entropy", "cross_entropy_with_log_sum_exp"},
-    .inner_ops = {"cross_entropy_statistics", "cross_entropy_loss", "cross_entropy_gradient",
-                  "cross_entropy_gradient_inplace"},
-    .inner = implement_inner,
     .without_derivative = Public<without_derivative>::implement,
     .differentiable = Public<differentiable>::implement,
 });

@@ -20,6 +20,12 @@ struct CrossEntropyOptions {
   // tensors, and an error in any other backward that wanted the logits. Without effect under
   // tracing, where the compiler places buffers.
   bool inplace_backward = false;
+  // The upstream gradient that backward will be given, on the logits' device: a scalar, or with
+  // reduction "none" also one number per row. Forward then makes the logits' gradient too (over the
+  // logits with `inplace_backward`) and keeps it alone; backward gives it as it is. Another
+  // upstream gradient rescales that of a mean or a sum; of "none" it is an error on CPU, and on
+  // CUDA, where nothing is read back, gives NaN. A backward with create_graph is an error.
+  std::optional<at::Tensor> loss_scale = {};
 };
 
 // The loss: a scalar, or the targets' shape with reduction "none".
@@ -27,36 +33,8 @@ at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& targets,
                          const CrossEntropyOptions& options = {});
 
 // {loss, log_sum_exp}, the second of the targets' shape, ignored rows included; differentiable.
+// With `loss_scale` an error, for what comes upstream of the second is not promised.
 std::tuple<at::Tensor, at::Tensor> cross_entropy_with_log_sum_exp(
     const at::Tensor& logits, const at::Tensor& targets, const CrossEntropyOptions& options = {});
-
-// --- for nodes that hold the logits in parts ----------------------------------------------------
-
-// Throws where a number or the reduction is out of range, in the name of `op`.
-void check_options(const char* op, const CrossEntropyOptions& options);
-
-// A node's entries of saved_data: plain values, which compiled autograd can hash.
-void save_options(torch::autograd::AutogradContext* ctx, const CrossEntropyOptions& options);
-CrossEntropyOptions saved_options(torch::autograd::AutogradContext* ctx);
-
-// What a gradient takes besides the logits.
-struct CrossEntropyUpstream {
-  at::Tensor targets, statistics, loss_grad;
-  std::optional<at::Tensor> log_sum_exp_grad, count;
-  c10::SymInt vocab_start, vocabulary;
-  CrossEntropyOptions options;  // the formula's: no reduction
-};
-
-// The inner ops, through the dispatcher, so that tracing sees them.
-// [rows, 3], [rows, 4] with label smoothing; ignored rows are read where `every_row` is true.
-at::Tensor call_statistics(const at::Tensor& logits, const at::Tensor& targets,
-                           const CrossEntropyOptions& options, bool every_row);
-// {loss, log_sum_exp, count}; count is what a mean was divided by.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> call_loss(const at::Tensor& statistics,
-                                                         const at::Tensor& targets,
-                                                         c10::SymInt vocabulary,
-                                                         const CrossEntropyOptions& options);
-// The logits' gradient; with `inplace` over the logits.
-at::Tensor call_gradient(at::Tensor logits, const CrossEntropyUpstream& in, bool inplace);
 
 }  // namespace redline::ops

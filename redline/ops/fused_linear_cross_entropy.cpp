@@ -28,17 +28,10 @@ void check_head(const LossHead& head, const Options& options) {
   const auto rows = x.sym_sizes().slice(0, x.dim() - 1);
   TORCH_CHECK(targets.sym_sizes() == rows, op_name, ": targets: expected ", rows, ", not ",
               targets.sym_sizes());
-  check_devices(op_name, x, {{"targets", targets}, {"loss_scale", value(options.loss_scale)}});
+  check_devices(op_name, x, {{"targets", targets}});
   check_options(op_name, loss);
   check_weight_gradient({.op = op_name}, weight, options.weight_gradient);
-  if (!options.loss_scale) return;
-  const Tensor& scale = *options.loss_scale;
-  TORCH_CHECK(at::isFloatingType(scale.scalar_type()), op_name,
-              ": loss_scale: expected a floating dtype, not ", scale.scalar_type());
-  const bool per_token = loss.reduction == "none" && scale.sym_sizes() == targets.sym_sizes();
-  TORCH_CHECK(scale.dim() == 0 || per_token, op_name, ": loss_scale: expected a scalar",
-              loss.reduction == "none" ? ", or one number per token" : "", ", not ",
-              scale.sym_sizes());
+  check_loss_scale(op_name, targets, loss);
 }
 
 // --- derivative ---------------------------------------------------------------------------------
@@ -51,8 +44,8 @@ struct FusedLinearCrossEntropyFunction {
     save_weight_gradient(ctx, "weight", options.weight_gradient);
     ctx->saved_data["has_bias"] = bias.has_value();
     ctx->saved_data["dtype"] = weight.scalar_type();
-    ctx->saved_data["promised"] = options.loss_scale.has_value();
-    if (!options.loss_scale) {
+    ctx->saved_data["promised"] = options.loss.loss_scale.has_value();
+    if (!options.loss.loss_scale) {
       const HeadLoss out = head_loss(head);
       save_options(ctx, options.loss);
       ctx->save_for_backward({x, weight, value(bias), targets, out.statistics, out.count});
@@ -61,9 +54,9 @@ struct FusedLinearCrossEntropyFunction {
     const auto wants = [](const Tensor& tensor) {
       return tensor.defined() && tensor.requires_grad();
     };
-    const auto [loss, kept] = promised_gradients(head, *options.loss_scale,
-                                                 {wants(x), wants(weight), wants(value(bias))});
-    ctx->save_for_backward({kept.x, kept.weight, kept.bias, *options.loss_scale});
+    const auto [loss, kept] =
+        promised_gradients(head, {wants(x), wants(weight), wants(value(bias))});
+    ctx->save_for_backward({kept.x, kept.weight, kept.bias, *options.loss.loss_scale});
     return loss;
   }
 
@@ -132,10 +125,13 @@ Tensor from_schema(const Tensor& x, const Tensor& weight, const Tensor& targets,
                    bool accumulate, std::string dummy_grad,
                    const std::optional<std::string>& tp_group, bool sequence_parallel) {
   check_one_rank(op_name, tp_group, sequence_parallel);
-  const Options options = {
-      .loss = {std::string(reduction), ignore_index, label_smoothing, z_loss, logit_softcap},
-      .loss_scale = loss_scale,
-      .weight_gradient = {main_grad, accumulate, std::move(dummy_grad)}};
+  const Options options = {.loss = {.reduction = std::string(reduction),
+                                    .ignore_index = ignore_index,
+                                    .label_smoothing = label_smoothing,
+                                    .z_loss = z_loss,
+                                    .logit_softcap = logit_softcap,
+                                    .loss_scale = loss_scale},
+                           .weight_gradient = {main_grad, accumulate, std::move(dummy_grad)}};
   return Run({x, weight, bias, targets, options.loss}, options);
 }
 
@@ -167,7 +163,7 @@ Tensor fused_linear_cross_entropy(const Tensor& x, const Tensor& weight, const T
   TORCH_CHECK(!gradient.delayed, op_name,
               ": delayed: expected none, for a queue would keep the logits' gradient");
   return op.call(x, weight, targets, bias, loss.reduction, loss.ignore_index, loss.label_smoothing,
-                 loss.z_loss, loss.logit_softcap, options.loss_scale, gradient.main_grad,
+                 loss.z_loss, loss.logit_softcap, loss.loss_scale, gradient.main_grad,
                  gradient.accumulate, gradient.dummy_grad, std::nullopt, false);
 }
 

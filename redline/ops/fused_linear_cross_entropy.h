@@ -13,13 +13,10 @@
 namespace redline::ops {
 
 struct FusedLinearCrossEntropyOptions {
-  CrossEntropyOptions loss = {};  // inplace_backward has no meaning: the logits are no one's
-  // The upstream gradient that backward will be given, on x's device: a scalar, or with reduction
-  // "none" also one number per token. Forward then computes the gradients too, a chunk of the
+  // inplace_backward has no meaning: the logits are no one's. With loss_scale, which may be one
+  // number per token with reduction "none", forward computes the gradients too, a chunk of the
   // tokens at a time and without a product computed twice, and keeps them, the weight's in float32.
-  // Another upstream gradient rescales those of a mean or a sum; of "none" it is an error on CPU,
-  // and on CUDA, where nothing is read back, gives NaN. A backward with create_graph is an error.
-  std::optional<at::Tensor> loss_scale = {};
+  CrossEntropyOptions loss = {};
   // main_grad is written in backward alone. `delayed` is refused: it would keep the logits.
   WeightGradientOptions weight_gradient = {};
 };

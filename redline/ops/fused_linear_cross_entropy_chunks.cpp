@@ -1,7 +1,6 @@
 #include "redline/ops/fused_linear_cross_entropy_chunks.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "redline/kernels/cross_entropy.h"
 #include "redline/ops/gemm.h"
@@ -232,7 +231,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> promise(
       weight_grad.zero_();
       bias_grad.zero_();
     }
-    const Tensor count = rows.targets.ne(ignore_index).sum().to(wide);
+    const Tensor count = mean_divisor(rows.targets, ignore_index, wide);
     const int64_t chunk = chunk_of(rows.tokens, rows.vocabulary, x, promised_share(x));
     const Tensor buffer = rows.buffer(chunk, rows.vocabulary);
     for_chunks(rows.tokens, chunk, [&](Range tokens) {
@@ -261,25 +260,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> promise(
   return {loss, x_grad, weight_grad, bias_grad};
 }
 
-// By what a kept gradient is multiplied, [1]: 1 where the promise was kept to the bit.
-Tensor kept_ratio(const Tensor& loss_grad, const Tensor& loss_scale) {
-  const Tensor scale = loss_scale.to(loss_grad.scalar_type());
-  const Tensor same = loss_grad.eq(scale);
-  const Tensor one = at::ones({}, loss_grad.options());
-  if (loss_grad.dim() == 0) return at::where(same, one, loss_grad / scale).view({1});
-  const Tensor all = same.all();
-  TORCH_CHECK(loss_grad.is_cuda() || all.item<bool>(), op_name,
-              ": loss_scale: expected the upstream gradient that was promised for every token, not "
-              "another; without loss_scale any is right");
-  return at::where(all, one, at::full({}, NAN, loss_grad.options())).view({1});
-}
-
 Tensor fulfil(const Tensor& kept, const Tensor& loss_grad, const Tensor& loss_scale,
               at::ScalarType dtype, const OptionalTensor& main_grad, bool accumulate) {
   Tensor out = empty_if(!main_grad, kept, dtype);
   if (main_grad && !main_grad->is_inference()) torch::autograd::impl::bump_version(*main_grad);
   if (kept.is_meta()) return out;
-  const Tensor ratio = kept_ratio(loss_grad, loss_scale);
+  const Tensor ratio = kept_ratio(op_name, loss_grad, loss_scale);
   if (!main_grad) {
     at::mul_out(out, kept, ratio);
     return out;
@@ -327,13 +313,12 @@ HeadGradients head_gradients(const LossHead& head, const HeadLoss& forward, cons
   return {x, weight, bias};
 }
 
-std::pair<Tensor, HeadGradients> promised_gradients(const LossHead& head, const Tensor& loss_scale,
-                                                    WantedGradients wanted) {
+std::pair<Tensor, HeadGradients> promised_gradients(const LossHead& head, WantedGradients wanted) {
   static const auto op = find_op<decltype(promise)>("redline::fused_linear_cross_entropy_promise");
   const auto& o = head.options;
   const auto [loss, x, weight, bias] =
-      op.call(loss_scale, head.x, head.weight, head.bias, head.targets, o.reduction, o.ignore_index,
-              o.label_smoothing, o.z_loss, o.logit_softcap, wanted);
+      op.call(*o.loss_scale, head.x, head.weight, head.bias, head.targets, o.reduction,
+              o.ignore_index, o.label_smoothing, o.z_loss, o.logit_softcap, wanted);
   return {loss, {x, weight, bias}};
 }
 

@@ -3,7 +3,8 @@
 
 #include <array>
 
-#include "redline/ops/cross_entropy.h"
+#include "redline/ops/cross_entropy_inner.h"
+#include "redline/ops/cross_entropy_promise.h"
 
 namespace redline::ops {
 
@@ -40,10 +41,9 @@ HeadGradients head_gradients(const LossHead& head, const HeadLoss& forward,
                              const at::Tensor& loss_grad, WantedGradients wanted,
                              const MainGrad& main_grad);
 
-// The loss and the gradients under the upstream gradient `loss_scale`; those of the weight and the
-// bias in the dtype of sums.
+// The loss and the gradients under the upstream gradient options.loss_scale; those of the weight
+// and the bias in the dtype of sums.
 std::pair<at::Tensor, HeadGradients> promised_gradients(const LossHead& head,
-                                                        const at::Tensor& loss_scale,
                                                         WantedGradients wanted);
 
 // What `kept` of promised_gradients becomes under the upstream gradient `loss_grad`: a tensor of

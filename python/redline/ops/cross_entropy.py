@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 import redline._library  # noqa: F401  (registers the ops)
+from redline.ops._loss_scale import as_tensor
 
 _ops = torch.ops.redline
 
@@ -18,6 +19,7 @@ def cross_entropy(
     logit_softcap: float | None = None,
     *,
     inplace_backward: bool = False,
+    loss_scale: Tensor | float | None = None,
     return_log_sum_exp: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """lse - (1 - s) x[target] - s mean(x) + z_loss lse^2, with lse = log(sum(exp(x))).
@@ -33,6 +35,12 @@ def cross_entropy(
     `inplace_backward` writes the gradient over the logits, which must not be a leaf tensor nor be
     wanted by anyone else; under ``torch.compile`` it has no effect.
 
+    `loss_scale` promises what the upstream gradient will be: a number, a scalar tensor (a gradient
+    scaler's), or with reduction "none" also one per row. Forward then makes the gradient too, in
+    one pass over the logits (with `inplace_backward` over them), keeps it alone, and backward gives
+    it as it is. Another upstream gradient rescales that of a mean or a sum; with "none" it is an
+    error on CPU and NaN on CUDA, where nothing is read back. Refused with `return_log_sum_exp`.
+
     >>> cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))
     tensor(1.3863)
     """
@@ -46,4 +54,5 @@ def cross_entropy(
         z_loss,
         logit_softcap,
         inplace_backward=inplace_backward,
+        loss_scale=as_tensor(loss_scale, logits),
     )

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 import redline._library  # noqa: F401  (registers the ops)
+from redline.ops._loss_scale import as_tensor
 
 _ops = torch.ops.redline
 
@@ -49,9 +50,6 @@ def fused_linear_cross_entropy(
     >>> fused_linear_cross_entropy(torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([0, 3]))
     tensor(1.3863)
     """
-    if loss_scale is not None and not isinstance(loss_scale, Tensor):
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        loss_scale = torch.full((), loss_scale, dtype=dtype, device=x.device)
     return _ops.fused_linear_cross_entropy(
         x,
         weight,
@@ -62,7 +60,7 @@ def fused_linear_cross_entropy(
         label_smoothing,
         z_loss,
         logit_softcap,
-        loss_scale=loss_scale,
+        loss_scale=as_tensor(loss_scale, x),
         main_grad=main_grad,
         accumulate=accumulate,
         dummy_grad=dummy_grad,

@@ -238,8 +238,12 @@ void run(const CrossEntropyPromise& args, Stream stream) {
     run(gradient_of(args), stream);
     return;
   }
+  const bool aligned = are_aligned("cross_entropy", {{"logits", &args.logits},
+                                                     {"logits_grad", &args.logits_grad}});
+  note_choice("the gradient in the pass of the statistics: a row fits the shared memory of ", cluster,
+              " blocks");
   const PromisedArgs device = {gradient_args(gradient_of(args)), args.statistics.as<float>(), 0,
-                               is_aligned({&args.logits, &args.logits_grad})};
+                               aligned};
   visit_dtype<float, bfloat16, float16>("cross_entropy", args.logits.dtype, [&]<typename Host>() {
     choose_promised<device_type<Host>>(device, cluster, stream);
   });
@@ -251,7 +255,8 @@ void run(const CrossEntropyRescale& args, Stream stream) {
   const int64_t blocks = std::min<int64_t>(grad.sizes[0], 8 * int64_t{stream.usable_sms()});
   visit_dtype<float, bfloat16, float16>("cross_entropy", grad.dtype, [&]<typename Host>() {
     using T = device_type<Host>;
-    visit_bool(is_aligned({&grad}), [&]<bool aligned>() {
+    visit_bool(are_aligned("cross_entropy", {{"logits_grad", &grad}}), [&]<bool aligned>() {
+      note_choice("the promised gradient by what the promise was off");
       launch(rescale_kernel<T, aligned>,
              {.grid = dim3(blocks), .block = dim3(most_threads), .stream = stream}, grad.as<T>(),
              grad.strides[0], grad.sizes[0], static_cast<int>(grad.sizes[1]),
