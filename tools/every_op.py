@@ -62,6 +62,8 @@ def rows(width, dtype):
     targets = torch.randint(width, (70,), device="cuda")
     both(lambda a: ops.cross_entropy(a, targets, label_smoothing=0.1, logit_softcap=30.0), x)
     both(lambda a: ops.cross_entropy(a * 1, targets, inplace_backward=True), x)
+    both(lambda a: ops.cross_entropy(a, targets, "sum", loss_scale=1.0), x)
+    both(lambda a: 2 * ops.cross_entropy(a * 1, targets, inplace_backward=True, loss_scale=1.0), x)
     tokens = torch.randint(9, (300,), device="cuda")
     both(lambda w: ops.embedding(tokens, w), draw(11, width, dtype=dtype))
     both(lambda s: ops.softmax(s, causal=True), x.view(1, 7, 10, width))
