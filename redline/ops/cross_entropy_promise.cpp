@@ -77,7 +77,8 @@ Tensor cross_entropy_promise_inplace(Tensor& logits, const Tensor& targets,
   at::assert_no_internal_overlap(logits);
   const Tensor statistics = empty_statistics(logits, targets, label_smoothing != 0);
   if (!logits.is_meta()) {
-    const Tensor rows = with_rows(op_name, "logits", logits);  // a copy where the layout asks for one
+    const Tensor rows =
+        with_rows(op_name, "logits", logits);  // a copy where the layout asks for one
     write_promise(rows, rows, statistics, targets,
                   promised_options(loss_scale, reduction, ignore_index, label_smoothing, z_loss,
                                    logit_softcap));
