@@ -216,8 +216,8 @@ NODES = {
         (1, 2, 3, 8),
     ),
     "qkv_rotary_split": (
-        lambda x: ops.qkv_rotary_split(x, torch.ones(2, 2).to(x), torch.ones(2, 2).to(x), 2, 1)[0],
-        (1, 2, 16),
+        lambda x: ops.qkv_rotary_split(x, torch.ones(2, 4).to(x), torch.ones(2, 4).to(x), 2, 1)[0],
+        (1, 2, 32),
     ),
     "bias_dropout_add": (lambda x: ops.bias_dropout_add(x, None, x.detach(), 0.5), (6, 8)),
     "embedding": (lambda w: ops.embedding(torch.arange(6, device=w.device), w), (6, 8)),
