@@ -76,6 +76,8 @@ def test_ctrl_c_in_the_lap_is_one_line(tmp_path):
         [*command, "--steps", "1000000", "--device", "cpu"],
         cwd=tmp_path, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # A shell's background jobs, and so their children, are born with Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     try:
         while not (line := process.stdout.readline()).startswith("step 3"):

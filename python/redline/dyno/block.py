@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from .layer_parts import transformer_layer
-from .measure import DynoError, kind_of, quiet_profiler, saved_bytes
+from .measure import DynoError, is_kernel, kind_of, quiet_profiler, saved_bytes
 from .part import Case, Setting, Unavailable
 from .quiet import Watch
 
@@ -165,7 +164,7 @@ def spans_of(call: Callable[[], object], device: torch.device) -> list[Span]:
         if cuda:
             torch.cuda.synchronize()
     events = profiler.events()
-    chosen = [e for e in events if e.device_type == DeviceType.CUDA] if cuda else _ops(events)
+    chosen = [e for e in events if is_kernel(e)] if cuda else _ops(events)
     chosen.sort(key=lambda e: e.time_range.start)
     first = chosen[0].time_range.start if chosen else 0
     return [Span(e.name, e.time_range.start - first, e.time_range.elapsed_us()) for e in chosen]

@@ -182,10 +182,16 @@ def _shares(profiler: profile, cuda: bool) -> dict[str, float]:
     for event in profiler.key_averages():
         if not cuda:
             totals[kind_of(event.key)] += event.self_cpu_time_total
-        elif event.device_type == DeviceType.CUDA:  # an op's time is that of its kernels
+        elif is_kernel(event) and not event.key.startswith("Memcpy HtoD"):
+            # An op's time is that of its kernels; weights on their way to the GPU are no step's.
             totals[kind_of(event.key)] += event.self_device_time_total
     whole = sum(totals.values()) or 1.0
     return {kind: spent / whole for kind, spent in totals.items()}
+
+
+def is_kernel(event) -> bool:
+    """Whether it ran on the GPU; a range that a program named is drawn there too, over kernels."""
+    return event.device_type == DeviceType.CUDA and not event.is_user_annotation
 
 
 def kind_of(name: str) -> str:

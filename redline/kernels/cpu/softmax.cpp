@@ -26,10 +26,11 @@ void write_zeros(const TensorView& matrix, int64_t row, Range cols) {
   memset(from, 0, static_cast<size_t>((cols.end - cols.begin) * bytes));
 }
 
-// -inf where the mask is true, by the bits: a branch on a mask without a pattern is taken wrong too
-// often (4 ns an element, of which the exponential is one).
+// -inf where the mask is not zero, by the bits: a branch on a mask without a pattern is taken wrong
+// too often (4 ns an element, of which the exponential is one). Bytes: a bool that came from
+// another type may hold more than 0 and 1.
 template <typename Acc>
-void exclude(const bool* mask, int64_t stride, Acc* x, int count) {
+void exclude(const uint8_t* mask, int64_t stride, Acc* x, int count) {
   using Bits = std::conditional_t<sizeof(Acc) == 4, uint32_t, uint64_t>;
   const Bits excluded = __builtin_bit_cast(Bits, -infinity<Acc>);
   const auto choose = [&](Acc& value, bool is_excluded) {
@@ -37,9 +38,9 @@ void exclude(const bool* mask, int64_t stride, Acc* x, int count) {
     value = __builtin_bit_cast(Acc, (__builtin_bit_cast(Bits, value) & ~all) | (excluded & all));
   };
   if (stride == 1) {
-    for (int i = 0; i < count; ++i) choose(x[i], mask[i]);
+    for (int i = 0; i < count; ++i) choose(x[i], mask[i] != 0);
   } else {
-    for (int i = 0; i < count; ++i) choose(x[i], mask[i * stride]);
+    for (int i = 0; i < count; ++i) choose(x[i], mask[i * stride] != 0);
   }
 }
 
@@ -50,7 +51,7 @@ struct ScoreReader {
   RowReader<Acc> scores;
   Block<Acc>& masked;
   Acc scale;
-  const bool* mask_row = nullptr;
+  const uint8_t* mask_row = nullptr;
 
   ScoreReader(const SoftmaxForward& args, int64_t row, Block<Acc>& block, Block<Acc>& masked)
       : args(args), scores(args.scores, row, block), masked(masked) {
@@ -58,7 +59,7 @@ struct ScoreReader {
     if (!args.mask) return;
     const int64_t query = row % args.shape.queries, head = row / args.shape.queries;
     const int64_t* strides = args.mask.strides;
-    mask_row = args.mask.as<const bool>() + head / args.shape.heads * strides[0] +
+    mask_row = args.mask.as<const uint8_t>() + head / args.shape.heads * strides[0] +
                head % args.shape.heads * strides[1] + query * strides[2];
   }
   Acc multiplier() const { return mask_row ? 1 : scale; }  // what the values still lack
