@@ -108,7 +108,7 @@ def saved(rows: list[Row], colours: dict[str, str]) -> Figure:
     axes.set_xlabel("MB kept for backward")
     axes.grid(axis="x", linewidth=0.6)
     axes.tick_params(axis="y", length=0)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right")
     return figure
 
 
