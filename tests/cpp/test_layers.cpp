@@ -230,7 +230,7 @@ TEST(Strict, ARecomputedRegionIsHeldAsItsForwardWas) {
     const ops::StrictGuard strict;
     y = recompute(region, {torch::ones({3, 4}, torch::requires_grad())})[0];
   }
-  y.sum().backward();
+  y.backward(torch::ones_like(y));
   EXPECT_EQ(runs, (std::vector<bool>{true, true}));
 }
 
