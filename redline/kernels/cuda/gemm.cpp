@@ -3,10 +3,16 @@
 #include "redline/kernels/gemm.h"
 
 #include <cublasLt.h>
+#include <cublas_api.h>
+#include <cuda_runtime_api.h>
+#include <driver_types.h>
+#include <library_types.h>
 
 #include <array>
 #include <map>
 #include <mutex>
+#include <optional>
+#include <utility>
 
 #include "redline/kernels/cuda/gemm_problem.h"
 #include "redline/kernels/cuda/launch.h"
@@ -137,7 +143,8 @@ struct Descriptors {
  private:
   template <typename T>
   void set(cublasLtMatmulDescAttributes_t attribute, const T& value) {
-    check_library(cublasLtMatmulDescSetAttribute(&operation, attribute, &value, sizeof(value)),
+    const auto* from = reinterpret_cast<const char*>(&value);  // a pointer is a value here
+    check_library(cublasLtMatmulDescSetAttribute(&operation, attribute, from, sizeof(value)),
                   "description");
   }
 };
@@ -172,6 +179,7 @@ struct Preference {
 
 // The heuristic asks an address for its alignment alone: this one has what the plan's key says.
 const void* address_aligned_to(int32_t bytes) {
+  // NOLINTNEXTLINE(performance-no-int-to-ptr): nothing is read there
   return reinterpret_cast<const void*>(static_cast<uintptr_t>(bytes));
 }
 
@@ -256,7 +264,8 @@ std::optional<int64_t> workspace_bytes(const Gemm& args, Stream stream) {
     note_fallback(unfit->fallback, unfit->why, in_steps);
     return std::nullopt;
   }
-  const auto choice = standing_choice(*cuda::problem_of(args, stream), stream);
+  const auto problem = cuda::problem_of(args, stream);
+  const auto choice = problem ? standing_choice(*problem, stream) : std::nullopt;
   if (!choice) {
     note_no_algorithm(args);
     return std::nullopt;
@@ -267,8 +276,10 @@ std::optional<int64_t> workspace_bytes(const Gemm& args, Stream stream) {
 bool run(const Gemm& args, Stream stream) {
   const auto problem = cuda::problem_of(args, stream);
   const auto choice = problem ? standing_choice(*problem, stream) : std::nullopt;
-  REDLINE_CHECK(choice, op, ": cuBLASLt has no algorithm for ", args.a, " times ", args.b, " into ",
-                args.out);
+  if (!problem || !choice) {
+    fail(__FILE__, __LINE__, op, ": cuBLASLt has no algorithm for ", args.a, " times ", args.b,
+         " into ", args.out);
+  }
   const auto& [algorithm, workspace] = choice->first;
   if (args.workspace.bytes < workspace) return false;  // another thread's call failed meanwhile
   const TensorView &left = problem->swapped ? args.b : args.a,

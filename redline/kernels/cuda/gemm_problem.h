@@ -14,6 +14,11 @@
 
 namespace redline::cuda {
 
+// check() has seen that there is one.
+inline MatrixLayout layout_of(const TensorView& view) {
+  return matrix_layout(view).value_or(MatrixLayout{});
+}
+
 // All that an algorithm is chosen by: the key of its plan. Every bit of it is compared.
 struct GemmProblem {
   enum BiasGrad : int32_t { none, of_a, of_b };
@@ -53,7 +58,7 @@ inline std::optional<Unfit> unfit_epilogue(const Gemm& args) {
   const auto unfit = [](const char* tensor, const char* why, const char* instead) {
     return Unfit{{"gemm", tensor, instead}, why};
   };
-  const bool row_major = matrix_layout(args.out)->row_major;
+  const bool row_major = layout_of(args.out).row_major;
   if (args.epilogue != GemmEpilogue::none && args.out.dtype == DType::float32) {
     return unfit("out", "the library's gelu is not exact enough for float32", "use a 16-bit dtype");
   }
@@ -62,7 +67,7 @@ inline std::optional<Unfit> unfit_epilogue(const Gemm& args) {
                  "give out contiguous");
   }
   if (!args.pre_activation) return std::nullopt;
-  const MatrixLayout pre = *matrix_layout(args.pre_activation);
+  const MatrixLayout pre = layout_of(args.pre_activation);
   if (pre.row_major != row_major) {
     return unfit("pre_activation", "it lies otherwise than out", "give both contiguous");
   }
@@ -80,8 +85,7 @@ inline std::optional<Unfit> unfit_epilogue(const Gemm& args) {
 
 // Nothing where the epilogue is unfit.
 inline std::optional<GemmProblem> problem_of(const Gemm& args, Stream stream) {
-  const MatrixLayout out = *matrix_layout(args.out), a = *matrix_layout(args.a),
-                     b = *matrix_layout(args.b);
+  const MatrixLayout out = layout_of(args.out), a = layout_of(args.a), b = layout_of(args.b);
   const int last = args.out.rank - 1;
   const bool batched = args.out.rank == 3;
   const auto stride = [batched](const TensorView& view) { return batched ? view.strides[0] : 0; };
@@ -115,7 +119,7 @@ inline std::optional<GemmProblem> problem_of(const Gemm& args, Stream stream) {
     p.align_vector = alignment(args.bias_grad);
   }
   if (args.pre_activation) {
-    const MatrixLayout pre = *matrix_layout(args.pre_activation);
+    const MatrixLayout pre = layout_of(args.pre_activation);
     p.has_pre = 1;
     p.ld_pre = pre.ld, p.stride_pre = stride(args.pre_activation);
     p.align_pre = alignment(args.pre_activation);
