@@ -10,23 +10,12 @@ import cases
 import contract
 import reference
 from cases import DEVICES, DTYPES, randn, strided, wide
+from loss_cases import OPTIONS, draw, extreme, gradcheck
 from redline import ops
 from tolerance import assert_close
 
 # (rows, cols): one class, a vector's edge, a tile's edge, odd rows (every alignment), large.
 SIZES = [(1, 1), (3, 7), (2, 33), (9, 255), (4, 1024), (9, 4097), (0, 64), (300, 8), (9, 50257)]
-OPTIONS = {
-    "plain": {},
-    "smooth": {"label_smoothing": 0.1},
-    "z_loss": {"z_loss": 1e-2},
-    "all": {"label_smoothing": 0.2, "z_loss": 1e-3, "logit_softcap": 5.0},
-}
-
-
-def draw(case, dtype, device, scale=3.0):
-    generator = torch.Generator().manual_seed(case[0])
-    targets = torch.randint(0, case[1], case[:1], generator=generator)
-    return randn(*case, dtype=dtype, device=device, scale=scale), targets.to(device)
 
 
 def truth_of(logits, targets, upstream, options):
@@ -130,18 +119,7 @@ def test_bits_do_not_depend_on_strides_threads_or_neighbours(cols, dtype, device
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_extreme_and_masked_logits_follow_stock(dtype, device):
-    logits, targets = draw((9, 2500), dtype, device)
-    inf, largest = float("inf"), torch.finfo(dtype).max
-    logits[0, :2400] = -inf  # masked vocabulary: whole blocks before the first finite logit
-    logits[1, 5:] = -inf
-    logits[2] = -inf
-    logits[3, 7] = largest
-    logits[4], logits[4, 3] = -largest, largest
-    logits[5] = -largest
-    logits[6, 100] = inf
-    logits[7, 100] = float("nan")
-    logits[8] += 2.0**11
-    targets[:] = torch.tensor([2450, 3, 0, 7, 3, 1, 0, 0, 9])
+    logits, targets = extreme(2500, 2400, dtype, device)  # whole blocks before the first finite one
     ours, grads, up = contract.gradients(lambda x: ops.cross_entropy(x, targets, "none"), [logits])
     stock, theirs, _ = contract.gradients(
         lambda x: F.cross_entropy(x, targets, reduction="none"), [logits.double()], [up[0].double()]
@@ -150,7 +128,7 @@ def test_extreme_and_masked_logits_follow_stock(dtype, device):
         assert_close(ours[0][row].cpu(), stock[0][row].cpu(), roundings=1024, what=f"loss {row}")
         assert_close(grads[0][row].cpu(), theirs[0][row].cpu(), sums=16, what=f"gradient {row}")
     masked = ops.cross_entropy(logits[1], torch.tensor(50, device=device))
-    assert masked == inf
+    assert masked == math.inf
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -271,14 +249,9 @@ def test_inplace_backward_under_compile_keeps_the_logits(device):
 
 
 def test_gradcheck():
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    gradcheck(["mean", "none"])
     logits = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0, 5, -100, 2])
-    for reduction in ("mean", "none"):
-        for options in OPTIONS.values():
-            assert torch.autograd.gradcheck(
-                lambda x, r=reduction, o=options: ops.cross_entropy(x, targets, r, **o), (logits,)
-            )
     assert torch.autograd.gradcheck(
         lambda x: ops.cross_entropy(x, targets, return_log_sum_exp=True), (logits,)
     )

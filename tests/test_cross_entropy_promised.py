@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import cases
 import contract
 from cases import DEVICES, DTYPES, strided
-from loss_cases import OPTIONS, call, draw, truth_of, upstream_of
+from loss_cases import OPTIONS, call, draw, extreme, truth_of, upstream_of
 from redline import ops
 from redline.dyno.measure import saved_bytes
 from tolerance import assert_close
@@ -106,18 +106,7 @@ def test_bits_do_not_depend_on_strides_threads_or_neighbours(cols, dtype, device
 @pytest.mark.parametrize("cols", [2504, 101024])
 def test_extreme_and_masked_logits_follow_two_passes(cols, dtype, device):
     """On CUDA a whole block of the cluster may be masked."""
-    logits, targets = draw((9, cols), dtype, device)
-    inf, largest = math.inf, torch.finfo(dtype).max
-    logits[0, : cols - 50] = -inf
-    logits[1, 5:] = -inf
-    logits[2] = -inf
-    logits[3, 7] = largest
-    logits[4], logits[4, 3] = -largest, largest
-    logits[5] = -largest
-    logits[6, 100] = inf
-    logits[7, cols - 1] = math.nan
-    logits[8] += 2.0**11
-    targets[:] = torch.tensor([cols - 20, 3, 0, 7, 3, 1, 0, 0, 9])
+    logits, targets = extreme(cols, cols - 50, dtype, device)
     up = upstream_of("none", 9, device)
     loss, grad = call(logits, targets, "none", up=up, promise=up)
     stock = logits.double().requires_grad_()
