@@ -4,21 +4,17 @@ import pytest
 import torch
 
 import contract
-from cases import DEVICES, DTYPES, randn, strided
+from cases import DEVICES, randn, strided
 from redline import ops
-from test_rotary import boundaries, packed_qkv, tables
+from test_rotary import packed_qkv, qkv_case, qkv_cases, tables
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
 
-@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("layout", ["bshd", "sbhd", "thd"])
+@qkv_cases
 def test_qkv_split_has_the_bits_of_the_packed_one(layout, dtype, interleaved, device):
-    qkv, heads, kv_heads, head_dim = packed_qkv(device, dtype, layout)
-    cos, sin = tables(5, 12, device)
-    cu_seqlens = boundaries(2, 5, device) if layout == "thd" else None
-    options = dict(interleaved=interleaved, layout=layout, cu_seqlens=cu_seqlens)
+    case, (cos, sin), options = qkv_case(layout, dtype, interleaved, device)
+    qkv, heads, kv_heads, head_dim = case
 
     def split(qkv):
         return ops.qkv_rotary_split(qkv, cos, sin, heads, kv_heads, **options)

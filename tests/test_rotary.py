@@ -126,14 +126,25 @@ def packed_qkv(device, dtype=torch.float32, layout="bshd"):
     return by_layout(qkv, layout), q_heads, kv_heads, head_dim
 
 
-@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("layout", ["bshd", "sbhd", "thd"])
-def test_qkv_turns_q_and_k_and_copies_v(layout, dtype, interleaved, device):
-    qkv, heads, kv_heads, head_dim = packed_qkv(device, dtype, layout)
-    cos, sin = tables(5, 12, device)
+def qkv_cases(test):
+    """Every pairing, dtype and layout of a packed qkv."""
+    pairs = {"halves": False, "neighbours": True}
+    test = pytest.mark.parametrize("interleaved", pairs.values(), ids=pairs)(test)
+    test = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)(test)
+    return pytest.mark.parametrize("layout", ["bshd", "sbhd", "thd"])(test)
+
+
+def qkv_case(layout, dtype, interleaved, device):
+    """(qkv, heads, kv_heads, head_dim), the tables, and the options."""
     cu_seqlens = boundaries(2, 5, device) if layout == "thd" else None
-    options = dict(interleaved=interleaved, layout=layout, cu_seqlens=cu_seqlens)
+    options = {"interleaved": interleaved, "layout": layout, "cu_seqlens": cu_seqlens}
+    return packed_qkv(device, dtype, layout), tables(5, 12, device), options
+
+
+@qkv_cases
+def test_qkv_turns_q_and_k_and_copies_v(layout, dtype, interleaved, device):
+    case, (cos, sin), options = qkv_case(layout, dtype, interleaved, device)
+    qkv, heads, kv_heads, head_dim = case
 
     def packed(qkv):
         return ops.qkv_rotary(qkv, cos, sin, heads, kv_heads, **options)
