@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from .lap import VARIANTS
 from .layer_parts import transformer_layer
 from .measure import DynoError, is_kernel, kind_of, quiet_profiler, saved_bytes
 from .part import Case, Setting, Unavailable
 from .quiet import Watch
 
-VARIANTS = ("stock", "tuned")
 RUNS = 5  # of each variant, in turn, while the machine is quiet; the shortest is drawn
 MAX_SECONDS = 6.0  # in which it must have been
 # Ops that touch no element, or only clear what they allocate.

@@ -10,8 +10,8 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from .block import VARIANTS, Block
-from .lap import Lap
+from .block import Block
+from .lap import VARIANTS, Lap
 from .measure import KINDS
 from .parts import Row
 
