@@ -68,7 +68,8 @@ if(REDLINE_WITH_CUDA)
       gated_activation/forward
       gradient_norm
       norm/backward
-      norm/forward
+      norm/layer_forward
+      norm/rms_forward
       rotary
       softmax/backward
       softmax/forward)

@@ -297,7 +297,7 @@ def test_an_unaligned_pointer_is_explained(device):
     [
         (64, "a row of 64 columns fits 16 threads of a warp"),
         (4096, "a row of 4096 columns fits one block"),
-        (65536, "a row of 65536 columns does not fit one block: cluster of 8"),
+        (65536, "a row of 65536 columns does not fit one block: cluster of 4"),
     ],
 )
 def test_the_width_of_a_row_decides(device, cols, why):
@@ -306,7 +306,7 @@ def test_the_width_of_a_row_decides(device, cols, why):
     x = torch.ones(4, cols, device=device, dtype=torch.bfloat16)
     (launch,) = redline.explain(ops.rms_norm, x).launches
     assert launch.why == why and launch.kernel.startswith("forward_kernel<")
-    assert launch.configuration["cluster"] == (8 if cols == 65536 else 1)
+    assert launch.configuration["cluster"] == (4 if cols == 65536 else 1)
 
 
 def test_the_floor_is_measured_when_asked_for():

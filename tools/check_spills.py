@@ -25,7 +25,8 @@ read_for_registers = {
     "embedding/backward.cu",
     "embedding/forward.cu",
     "norm/backward.cu",
-    "norm/forward.cu",
+    "norm/layer_forward.cu",
+    "norm/rms_forward.cu",
     "rotary.cu",
 }
 listed = {  # by architecture: files that must stay free of spills

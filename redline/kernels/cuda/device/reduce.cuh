@@ -18,6 +18,16 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
+// The same of several values, whose shuffles overlap.
+template <int Lanes = 32, int Rows, int Count>
+__device__ __forceinline__ void warp_sums(float (&values)[Rows][Count]) {
+#pragma unroll
+  for (int k = 0; k < Rows * Count; ++k) {
+    float& value = values[k / Count][k % Count];
+    value = warp_sum<Lanes>(value);
+  }
+}
+
 __device__ __forceinline__ float warp_max(float value) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {

@@ -26,23 +26,23 @@ struct RowGroup {
     }
   }
 
-  // Gives all warps of the row each warp's values, which its lanes hold alike: value k of warp e,
-  // counted over the cluster, lies in to[k * slot_count(warps) + e].
+  // Stores a warp's value, which its lanes hold alike, at `place` of every block of the cluster.
+  __device__ __forceinline__ void post(float value, float* place) const {
+    const uint32_t lane = threadIdx.x % 32;
+    if constexpr (Cluster > 1) {
+      if (lane < Cluster) store_remote(place, lane, value);
+    } else if (lane == 0) {
+      *place = value;
+    }
+  }
+
+  // Gives all warps of the row each warp's values: value k of warp e, counted over the cluster,
+  // lies in to[k * slot_count(warps) + e].
   template <int Count>
   __device__ __forceinline__ void share(const float (&values)[Count], float* to) const {
-    const uint32_t lane = threadIdx.x % 32;
     const int own = static_cast<int>(cluster_rank()) * warps + warp;
-    if constexpr (Cluster > 1) {
-      if (lane < Cluster) {
 #pragma unroll
-        for (int k = 0; k < Count; ++k) {
-          store_remote(to + k * slot_count(warps) + own, lane, values[k]);
-        }
-      }
-    } else if (lane == 0) {
-#pragma unroll
-      for (int k = 0; k < Count; ++k) to[k * warps + warp] = values[k];
-    }
+    for (int k = 0; k < Count; ++k) post(values[k], to + k * slot_count(warps) + own);
     sync();
   }
 

@@ -21,9 +21,13 @@ inline Matrix matrix(const TensorView& view) {
   return {view.data, view.strides[0], view.dtype == DType::float32};
 }
 
+// Its address, once: the compiler would rather multiply again for every access to the row. As one
+// of global memory, which is what it knows it by.
 template <typename S>
 __device__ __forceinline__ S* row_at(const Matrix& of, int64_t row) {
-  return static_cast<S*>(of.data) + row * of.stride;
+  size_t start = __cvta_generic_to_global(static_cast<S*>(of.data) + row * of.stride);
+  asm("" : "+l"(start));
+  return static_cast<S*>(__cvta_global_to_generic(start));
 }
 
 __device__ __forceinline__ MixedRow row_of(const Matrix& from, int64_t row) {

@@ -8,7 +8,7 @@ namespace {
 
 struct Forward : Common {
   Matrix residual, sum, bias, y;
-  float epsilon;
+  float epsilon, inverse_cols;
   bool statistics_given;
 };
 
@@ -17,10 +17,13 @@ struct Forward : Common {
 // without alignment, whatever they hold.
 template <typename T, typename Held, int V>
 struct RowInput {
-  static constexpr int N = vector_size<T>;
+  static constexpr int N = vector_size<T>, vectors = V;
+  static constexpr int unroll = V;  // registers have no index
   Packed<Held, N> held[V];
 
-  __device__ __forceinline__ float value(int v, int i) const { return element(held[v], i); }
+  __device__ __forceinline__ Packed<Held, N> vector(int v) const { return held[v]; }
+  // See forget_wide().
+  __device__ __forceinline__ void forget() { forget_wide(held); }
 
   // x, or the rounded x + residual, which is stored on the way.
   __device__ __forceinline__ void load(const Forward& args, int64_t row, Columns<true> at) {
@@ -32,10 +35,10 @@ struct RowInput {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) sum[v][i] = element(x[v], i) + value(v, i);
+      for (int i = 0; i < N; ++i) sum[v][i] = element(x[v], i) + element(held[v], i);
       held[v] = pack<Held>(sum[v]);
     }
-    store_vectors(static_cast<Held*>(args.sum.data) + row * args.sum.stride, at, sum);
+    store_vectors(row_at<Held>(args.sum, row), at, sum);
   }
   __device__ __forceinline__ void load(const Forward& args, int64_t row, Columns<false> at) {
     float values[V][N];
@@ -67,31 +70,6 @@ struct RowInput {
 #pragma unroll
       for (int v = 0; v < V; ++v) held[v] = pack<Held>(values[v]);
     }
-  }
-
-  __device__ __forceinline__ void forget() { forget_wide(held); }
-
-  __device__ __forceinline__ float total() const {
-    float result = 0.0f;
-#pragma unroll
-    for (int k = 0; k < V * N; ++k) result += value(k / N, k % N);
-    return result;
-  }
-  // Elements past the row's end are left out.
-  template <bool Aligned>
-  __device__ __forceinline__ float squares(float mean, Columns<Aligned> at) const {
-    float result = 0.0f;
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      const int col = at.col + v * at.step;
-      if (col >= at.cols) break;
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const float x = value(v, i) - mean;
-        if (Aligned || col + i < at.cols) result += x * x;
-      }
-    }
-    return result;
   }
 };
 

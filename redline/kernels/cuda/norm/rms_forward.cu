@@ -1,0 +1,11 @@
+#include "redline/kernels/cuda/norm/forward.cuh"
+#include "redline/kernels/cuda/norm/layer_forward.h"
+
+namespace redline {
+
+void run(const NormForward& norm, Stream stream) {
+  if (norm.norm == Norm::layer) return cuda::run_layer_forward(norm, stream);
+  cuda::run_forward<false>(norm, stream);
+}
+
+}  // namespace redline
