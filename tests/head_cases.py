@@ -57,3 +57,13 @@ def truth_of(tensors, targets, upstream, options):
     leaves = wide(*tensors)
     losses = reference.cross_entropy(reference.linear(*leaves), targets.cpu(), **options)
     return losses.detach(), torch.autograd.grad(losses, leaves, upstream.cpu().double())
+
+
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "redline::gemm_out"}
+
+
+def products(function):
+    """The function's result, and how many products it ran."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        result = function()
+    return result, sum(event.name in PRODUCTS for event in profiler.events())

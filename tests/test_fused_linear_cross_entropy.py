@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 import contract
 from cases import DEVICES, randn, strided, wide
-from head_cases import CHUNKED, OPTIONS, call, draw, dtypes, leaves_of, modes, stock_of, truth_of
+from head_cases import CHUNKED, OPTIONS, call, draw, dtypes, leaves_of, modes, products
+from head_cases import stock_of, truth_of
 from redline import ops
 from tolerance import assert_close
 
@@ -140,15 +141,6 @@ def test_one_token_without_an_axis(promised, device):
 
 
 # --- which products run ---------------------------------------------------------------------------
-
-PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "redline::gemm_out"}
-
-
-def products(function):
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        result = function()
-    return result, sum(event.name in PRODUCTS for event in profiler.events())
-
 
 @pytest.mark.parametrize(
     ("frozen", "recomputed", "promised"),

@@ -41,21 +41,21 @@ Share promised_share(const Tensor& x) {
 // Rows of cuBLAS's tiles, and a multiple of every vector: no row of the buffer is unaligned.
 constexpr int64_t tile = 128;
 
-int64_t round_up(int64_t count, int64_t multiple) {
-  return (count + multiple - 1) / multiple * multiple;
-}
+int64_t divide_up(int64_t count, int64_t by) { return (count + by - 1) / by; }
+
+int64_t round_up(int64_t count, int64_t multiple) { return divide_up(count, multiple) * multiple; }
 
 // How many of `count` lines of `width` logits a chunk holds: equal chunks but for the last. A
 // function of shape, dtype and kind of device.
 int64_t chunk_of(int64_t count, int64_t width, const Tensor& x, Share share) {
   const int64_t line_bytes = std::max<int64_t>(1, width * x.element_size());
-  const int64_t bytes =
-      std::clamp(count * line_bytes / share.parts, share.least_bytes, share.most_bytes);
-  const int64_t lines = std::max<int64_t>(1, bytes / line_bytes);
-  const int64_t chunks = std::max<int64_t>(1, (count + lines - 1) / lines);
-  const int64_t chunk = (count + chunks - 1) / chunks;
+  const int64_t bytes = std::clamp(divide_up(count * line_bytes, share.parts), share.least_bytes,
+                                   share.most_bytes);
+  const int64_t chunks = std::max<int64_t>(1, divide_up(count * line_bytes, bytes));
+  const int64_t chunk = divide_up(count, chunks);
   if (chunk < tile) return chunk;
-  return std::min({count, round_up(chunk, tile), lines / tile * tile});
+  const bool fits = round_up(chunk, tile) * line_bytes <= share.most_bytes;
+  return std::min(count, fits ? round_up(chunk, tile) : chunk / tile * tile);
 }
 
 template <typename Body>
