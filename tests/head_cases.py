@@ -10,6 +10,8 @@ from redline import ops
 
 # Several chunks of the tokens and of the vocabulary in every dtype, the last ones short.
 CHUNKED = {"cpu": (520, 8, 20001), "cuda": (600, 8, 60001)}
+# Three equal chunks of the tokens in 16 bits: a promise sums the weight's gradient in them.
+THREE = {"cpu": (2304, 8, 9001), "cuda": (1536, 8, 60001)}
 OPTIONS = {
     "plain": {},
     "smooth": {"label_smoothing": 0.1},

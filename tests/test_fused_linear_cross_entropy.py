@@ -7,10 +7,21 @@ import torch.nn.functional as F
 
 import contract
 from cases import DEVICES, randn, strided, wide
-from head_cases import CHUNKED, OPTIONS, call, draw, dtypes, leaves_of, modes, products
-from head_cases import stock_of, truth_of
+from head_cases import (
+    CHUNKED,
+    OPTIONS,
+    THREE,
+    call,
+    draw,
+    dtypes,
+    leaves_of,
+    modes,
+    products,
+    stock_of,
+    truth_of,
+)
 from redline import ops
-from tolerance import assert_close
+from tolerance import assert_close, relative_error
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
@@ -87,10 +98,10 @@ def test_reductions_and_ignored_tokens_follow_stock(ignored, reduction, promised
 
 @modes
 @dtypes
-@pytest.mark.parametrize("chunked", [False, True], ids=["one", "chunked"])
-def test_same_bits(chunked, dtype, promised, device):
+@pytest.mark.parametrize("case", [{}, CHUNKED, THREE], ids=["one", "chunked", "three"])
+def test_same_bits(case, dtype, promised, device):
     """For one number of threads: MKL splits rows over those it has."""
-    tensors, targets = draw(CHUNKED[device] if chunked else (70, 33, 1001), dtype, device)
+    tensors, targets = draw(case.get(device, (70, 33, 1001)), dtype, device)
     results = []
     for _ in range(2):
         leaves = leaves_of(tensors)
@@ -142,6 +153,7 @@ def test_one_token_without_an_axis(promised, device):
 
 # --- which products run ---------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize(
     ("frozen", "recomputed", "promised"),
     [("", (1, 3), 3), ("x", (1, 2), 2), ("weight", (1, 2), 2), ("x weight", (1, 1), 1)],
@@ -182,11 +194,16 @@ def test_a_promise_costs_nothing_without_a_gradient(device):
 
 @pytest.mark.parametrize("scale", [8.0, "tensor"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("case", [{}, THREE], ids=["one", "three"])
 @dtypes
-def test_another_upstream_gradient_rescales(dtype, reduction, scale, device):
-    tensors, targets = draw((9, 32, 256), dtype, device)
-    scale = torch.tensor(1024.0, device=device) if scale == "tensor" else scale
-    up = torch.tensor(0.3, device=device)
+def test_another_upstream_gradient_rescales(dtype, case, reduction, scale, device):
+    """The weight's gradient of three chunks: 1.41 roundings of the sum, one of the ratio, and one
+    of what it is compared with."""
+    tensors, targets = draw(case.get(device, (9, 32, 256)), dtype, device)
+    # So many tokens and classes would leave float16 with subnormal gradients of the logits.
+    by = 1 if not case else 4 * (targets.numel() if reduction == "mean" else 1)
+    scale = torch.tensor(128.0 * by, device=device) if scale == "tensor" else scale * by
+    up = torch.tensor(0.3 * by, device=device)
     grads = []
     for promise in (scale, None):
         leaves = leaves_of(tensors)
@@ -194,6 +211,24 @@ def test_another_upstream_gradient_rescales(dtype, reduction, scale, device):
         grads.append(torch.autograd.grad(loss, leaves, up))
     for ours, theirs in zip(*grads, strict=True):
         assert_close(ours.cpu(), theirs.double().cpu(), dtype, roundings=3, sums=16)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_three_chunks_round_the_weights_gradient_three_times(dtype, reduction, device):
+    """Against the float32 sum of the same products: a third, two thirds and the whole are rounded,
+    sqrt(1/3 + 2/3 + 1) = 1.41 of one rounding where they are independent."""
+    tensors, targets = draw(THREE[device], dtype, device, with_bias=False)
+    up = torch.full(targets.shape, 4.0, device=device) if reduction == "none" else 4.0
+    ours, theirs = leaves_of(tensors), leaves_of(tensors)
+    wide = torch.empty_like(tensors[1], dtype=torch.float32)
+    for leaves, options in ((ours, {}), (theirs, {"main_grad": wide, "accumulate": False})):
+        loss = call(leaves, targets, reduction, loss_scale=up, **options)
+        loss.backward(torch.as_tensor(up, device=device))
+    contract.equal_bits([ours[0].grad], [theirs[0].grad])
+    once = relative_error(wide.to(dtype), wide)
+    assert 1.2 * once < relative_error(ours[1].grad, wide) < 1.6 * once
+    assert_close(ours[1].grad, wide.double(), dtype, roundings=2)
 
 
 def test_another_upstream_gradient_of_none_is_refused(device):

@@ -5,7 +5,7 @@ import torch
 
 import contract
 from cases import DEVICES
-from head_cases import CHUNKED, OPTIONS, call, draw, leaves_of, modes, products, truth_of
+from head_cases import CHUNKED, OPTIONS, THREE, call, draw, leaves_of, modes, products, truth_of
 from redline import ops
 from redline.dyno.measure import profiled, quiet_profiler, saved_bytes
 from tolerance import assert_close
@@ -86,6 +86,17 @@ def test_tracing(reduction, promised, device):
     if device == "cuda" and (reduction == "mean" or not promised):
         contract.captures(function, inputs)
         contract.agrees_on_side_stream(function, inputs)
+
+
+def test_compiles_in_16_bits(device):
+    """In which dtype the weight's gradient is kept hangs on sizes that may be symbols."""
+    (x, weight, _), targets = draw((6, 5, 40), torch.bfloat16, device)
+
+    def function(x, w, t):
+        return ops.fused_linear_cross_entropy(x, w, t, loss_scale=1.0)
+
+    contract.compiles(function, [x, weight, targets])
+    contract.compiles_dynamic(function, [x, weight, targets])
 
 
 @modes
@@ -224,13 +235,24 @@ def chunk_of(count, width, size, device, third=False):
     return min(count, padded(chunk) if padded(chunk) * width * size <= most else chunk // 128 * 128)
 
 
+def kept_size(case, size, device, with_main_grad=False):
+    """docs/memory.md's k: bytes of an element of the weight's gradient that a promise keeps."""
+    tokens, _, vocabulary = case
+    room = 3 * (16 * 2**20 if device == "cpu" else 3 * 2**28)
+    few = (tokens + 384) * vocabulary * size <= room
+    chunks = -(-tokens // chunk_of(tokens, vocabulary, size, device, third=True))
+    assert not few or chunks <= 3
+    return size if few and not with_main_grad else 4
+
+
 def expected_bytes(case, size, device, promised):
     """(kept, at most beside the gradients) without a bias."""
     tokens, hidden, vocabulary = case
     buffer = chunk_of(tokens, vocabulary, size, device, promised) * padded(vocabulary) * size
     statistics = 12 * tokens + 4
     if promised:
-        return 4 * vocabulary * hidden + size * tokens * hidden, buffer + statistics
+        kept = kept_size(case, size, device) * vocabulary * hidden
+        return kept + size * tokens * hidden, buffer + statistics
     slice_ = chunk_of(vocabulary, tokens, size, device)
     sums = 4 * tokens * hidden if size < 4 and slice_ < vocabulary else 0
     return statistics, max(buffer, tokens * padded(slice_) * size + sums) + statistics
@@ -257,6 +279,28 @@ def test_bytes_kept_and_at_most(promised, device):
     assert peak - gradients <= at_most + workspace
     assert promised or peak - gradients > 0.9 * at_most
     assert at_most < (0.6 if device == "cpu" else 0.7) * case[0] * case[2] * size
+
+
+# (tokens, hidden, vocabulary) in bfloat16, and whether the weight's gradient stays in float32: of
+# one chunk, two, three and four. More than three are too many logits for a test on CUDA.
+KEPT = [((9, 32, 256), False), (CHUNKED, False), (THREE, False), ({"cpu": (3000, 8, 9001)}, True)]
+
+
+@pytest.mark.parametrize(("case", "is_wide"), KEPT, ids=["one", "two", "three", "four"])
+@pytest.mark.parametrize("with_main_grad", [False, True], ids=["grad", "main_grad"])
+def test_bytes_of_the_weights_gradient(with_main_grad, case, is_wide, device):
+    if isinstance(case, dict) and device not in case:
+        pytest.skip("too many logits")
+    tokens, hidden, vocabulary = case = case[device] if isinstance(case, dict) else case
+    size = kept_size(case, 2, device, with_main_grad)
+    assert size == (4 if is_wide or with_main_grad else 2)
+    tensors, targets = draw(case, torch.bfloat16, device, with_bias=False)
+    leaves = leaves_of(tensors)
+    options = {"main_grad": torch.zeros_like(leaves[1])} if with_main_grad else {}
+    measured = saved_bytes(
+        lambda: call(leaves, targets, loss_scale=1.0, **options), [*leaves, *options.values()]
+    )
+    assert measured == size * vocabulary * hidden + 2 * tokens * hidden + 4
 
 
 HEAD = (8192, 4096, 128256)

@@ -55,7 +55,8 @@ struct FusedLinearCrossEntropyFunction {
       return tensor.defined() && tensor.requires_grad();
     };
     const auto [loss, kept] =
-        promised_gradients(head, {wants(x), wants(weight), wants(value(bias))});
+        promised_gradients(head, {wants(x), wants(weight), wants(value(bias))},
+                           options.weight_gradient.main_grad.has_value());
     ctx->save_for_backward({kept.x, kept.weight, kept.bias, *options.loss.loss_scale});
     return loss;
   }

@@ -15,7 +15,8 @@ namespace redline::ops {
 struct FusedLinearCrossEntropyOptions {
   // inplace_backward has no meaning: the logits are no one's. With loss_scale, which may be one
   // number per token with reduction "none", forward computes the gradients too, a chunk of the
-  // tokens at a time and without a product computed twice, and keeps them, the weight's in float32.
+  // tokens at a time and without a product computed twice, and keeps them: the weight's in float32,
+  // or in its own dtype where three chunks at most are summed and main_grad is not given.
   CrossEntropyOptions loss = {};
   // main_grad is written in backward alone. `delayed` is refused: it would keep the logits.
   WeightGradientOptions weight_gradient = {};

@@ -32,10 +32,12 @@ Share quarter_of(const Tensor& x) {
   return {4, int64_t{x.is_cuda() ? 64 : 16} << 20, int64_t{512} << 20};
 }
 
-// A third on CUDA, where every chunk reads and writes the weight's float32 gradient (2.1 GB of
-// 128256 x 4096) and the products take as little time as that.
+// A third on CUDA, where every chunk reads and writes the weight's gradient (1 GB of 128256 x 4096
+// in 16 bits) and the products take as little time as that.
+constexpr int64_t few = 3;
+
 Share promised_share(const Tensor& x) {
-  return x.is_cuda() ? Share{3, int64_t{64} << 20, int64_t{768} << 20} : quarter_of(x);
+  return x.is_cuda() ? Share{few, int64_t{64} << 20, int64_t{768} << 20} : quarter_of(x);
 }
 
 // Rows of cuBLAS's tiles, and a multiple of every vector: no row of the buffer is unaligned.
@@ -49,13 +51,33 @@ int64_t round_up(int64_t count, int64_t multiple) { return divide_up(count, mult
 // function of shape, dtype and kind of device.
 int64_t chunk_of(int64_t count, int64_t width, const Tensor& x, Share share) {
   const int64_t line_bytes = std::max<int64_t>(1, width * x.element_size());
-  const int64_t bytes = std::clamp(divide_up(count * line_bytes, share.parts), share.least_bytes,
-                                   share.most_bytes);
+  const int64_t bytes =
+      std::clamp(divide_up(count * line_bytes, share.parts), share.least_bytes, share.most_bytes);
   const int64_t chunks = std::max<int64_t>(1, divide_up(count * line_bytes, bytes));
   const int64_t chunk = divide_up(count, chunks);
   if (chunk < tile) return chunk;
   const bool fits = round_up(chunk, tile) * line_bytes <= share.most_bytes;
   return std::min(count, fits ? round_up(chunk, tile) : chunk / tile * tile);
+}
+
+// True only where a promise's tokens make `few` chunks at most: by a product that a symbol may be
+// in, so with room for the rounding to tiles.
+bool has_few_chunks(const LossHead& head) {
+  const Share share = promised_share(head.x);
+  const int64_t bytes = share.parts <= few ? share.most_bytes : share.least_bytes;
+  const int64_t element = static_cast<int64_t>(head.x.element_size());
+  const c10::SymInt lines = head.targets.sym_numel() + few * tile;
+  return (lines * head.weight.sym_size(0) * element)
+      .sym_le(few * bytes)
+      .guard_or_false(__FILE__, __LINE__);
+}
+
+// In which a promise sums the weight's gradient over its chunks. In 16 bits three parts of equal
+// size, each sum rounded, are off by sqrt(1/3 + 2/3 + 1) = 1.41 of one rounding, of which stock has
+// one and the law allows two; the memory and the traffic are half of float32's.
+at::ScalarType kept_dtype(const LossHead& head, bool with_main_grad) {
+  const at::ScalarType dtype = head.x.scalar_type(), wide = accumulation_type(head.x);
+  return dtype != wide && !with_main_grad && has_few_chunks(head) ? dtype : wide;
 }
 
 template <typename Body>
@@ -212,17 +234,19 @@ Gradients backward(const Tensor& loss_grad, const Tensor& x, const Tensor& weigh
   return {x_grad, weight_grad, bias_grad};
 }
 
-// {loss, x_grad, weight_grad, bias_grad}, the last two in the dtype of sums.
+// {loss, x_grad, weight_grad, bias_grad}, the last two in the dtype of sums, or the weight's in
+// another.
 std::tuple<Tensor, Tensor, Tensor, Tensor> promise(
     const Tensor& loss_scale, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
     const Tensor& targets, std::string_view reduction, int64_t ignore_index, double label_smoothing,
-    double z_loss, std::optional<double> logit_softcap, WantedGradients wanted) {
+    double z_loss, std::optional<double> logit_softcap, WantedGradients wanted,
+    std::optional<at::ScalarType> weight_grad_dtype) {
   const LossHead head = {x, weight, bias, targets,
                          formula(reduction, ignore_index, label_smoothing, z_loss, logit_softcap)};
   const auto wide = accumulation_type(x);
   const Tensor statistics = empty_statistics(head);
   const Tensor x_grad = empty_if(wanted[0], x, x.scalar_type());
-  const Tensor weight_grad = empty_if(wanted[1], weight, wide);
+  const Tensor weight_grad = empty_if(wanted[1], weight, weight_grad_dtype.value_or(wide));
   const Tensor bias_grad = empty_if(wanted[2], bias.value_or(x), wide);
   if (!x.is_meta()) {
     const Rows rows(head);
@@ -313,12 +337,13 @@ HeadGradients head_gradients(const LossHead& head, const HeadLoss& forward, cons
   return {x, weight, bias};
 }
 
-std::pair<Tensor, HeadGradients> promised_gradients(const LossHead& head, WantedGradients wanted) {
+std::pair<Tensor, HeadGradients> promised_gradients(const LossHead& head, WantedGradients wanted,
+                                                    bool with_main_grad) {
   static const auto op = find_op<decltype(promise)>("redline::fused_linear_cross_entropy_promise");
   const auto& o = head.options;
-  const auto [loss, x, weight, bias] =
-      op.call(*o.loss_scale, head.x, head.weight, head.bias, head.targets, o.reduction,
-              o.ignore_index, o.label_smoothing, o.z_loss, o.logit_softcap, wanted);
+  const auto [loss, x, weight, bias] = op.call(
+      *o.loss_scale, head.x, head.weight, head.bias, head.targets, o.reduction, o.ignore_index,
+      o.label_smoothing, o.z_loss, o.logit_softcap, wanted, kept_dtype(head, with_main_grad));
   return {loss, {x, weight, bias}};
 }
 
@@ -339,7 +364,8 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
          ", Tensor statistics, Tensor count, bool[3] wanted, Tensor(a!)? main_grad=None, "
          "bool accumulate=True) -> (Tensor x_grad, Tensor weight_grad, Tensor bias_grad)");
   define("fused_linear_cross_entropy_promise(Tensor loss_scale, " + head +
-         ", bool[3] wanted) -> (Tensor loss, Tensor x_grad, Tensor weight_grad, Tensor bias_grad)");
+         ", bool[3] wanted, *, ScalarType? weight_grad_dtype=None) "
+         "-> (Tensor loss, Tensor x_grad, Tensor weight_grad, Tensor bias_grad)");
   m.def(
       "fused_linear_cross_entropy_fulfil(Tensor kept, Tensor loss_grad, Tensor loss_scale, "
       "ScalarType dtype, Tensor(a!)? main_grad=None, bool accumulate=True) -> Tensor");

@@ -41,10 +41,11 @@ HeadGradients head_gradients(const LossHead& head, const HeadLoss& forward,
                              const at::Tensor& loss_grad, WantedGradients wanted,
                              const MainGrad& main_grad);
 
-// The loss and the gradients under the upstream gradient options.loss_scale; those of the weight
-// and the bias in the dtype of sums.
+// The loss and the gradients under the upstream gradient options.loss_scale; the bias's in the
+// dtype of sums, the weight's too unless it has few chunks to sum and goes to no main_grad.
 std::pair<at::Tensor, HeadGradients> promised_gradients(const LossHead& head,
-                                                        WantedGradients wanted);
+                                                        WantedGradients wanted,
+                                                        bool with_main_grad);
 
 // What `kept` of promised_gradients becomes under the upstream gradient `loss_grad`: a tensor of
 // `dtype`, or nothing where it went into main_grad.

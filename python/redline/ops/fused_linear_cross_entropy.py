@@ -39,9 +39,10 @@ def fused_linear_cross_entropy(
     gradient. It keeps x, the weight, and three float32 per token (four with smoothing).
     `loss_scale` promises what the upstream gradient will be: a number, a scalar tensor (a gradient
     scaler's), or with reduction "none" also one per token. The gradients are then computed in
-    forward, in three products, and kept until backward, the weight's in float32. Another upstream
-    gradient rescales those of a mean or a sum; with "none" it is an error on CPU and NaN on CUDA,
-    where nothing is read back. A product for a frozen x or weight is left out.
+    forward, in three products, and kept until backward: the weight's in float32, or in its own
+    dtype where it is summed over three chunks at most and `main_grad` is not given. Another
+    upstream gradient rescales those of a mean or a sum; with "none" it is an error on CPU and NaN
+    on CUDA, where nothing is read back. A product for a frozen x or weight is left out.
 
     main_grad, accumulate and dummy_grad send the weight's gradient where ops.linear's do, in
     backward alone. tp_group and sequence_parallel are refused: products over more ranks are not
