@@ -295,13 +295,7 @@ Tensor fulfil(const Tensor& kept, const Tensor& loss_grad, const Tensor& loss_sc
     return out;
   }
   Tensor buffer = *main_grad;
-  if (!accumulate) {
-    at::mul_out(buffer, kept, ratio);
-  } else if (buffer.scalar_type() == kept.scalar_type()) {
-    buffer.addcmul_(kept, ratio);
-  } else {
-    buffer.add_(kept * ratio);
-  }
+  accumulate ? buffer.addcmul_(kept, ratio) : at::mul_out(buffer, kept, ratio);
   return out;
 }
 
