@@ -61,6 +61,7 @@ if(REDLINE_WITH_CUDA)
       bias_dropout_add
       cross_entropy/gradient
       cross_entropy/loss
+      cross_entropy/predictions
       cross_entropy/promised
       embedding/backward
       embedding/forward

@@ -30,6 +30,17 @@ void check_statistics(const TensorView& statistics, int64_t rows, DType dtype) {
                 statistics.dtype);
 }
 
+// Slices of a vocabulary are merged by the statistics' maximum, which a softcap rounds: logits that
+// are not the largest may share it.
+void check_predictions(const CrossEntropyStatistics& args, int64_t rows) {
+  check_values(op, "predictions", args.predictions, rows, DType::int64);
+  REDLINE_CHECK(!args.skip_ignored, op, ": predictions: expected every row to be read");
+  REDLINE_CHECK(args.softcap == 0 || args.vocab_start == 0, op,
+                ": predictions: expected no logit_softcap with a vocab_start, not ", args.softcap);
+  REDLINE_CHECK(rows == 0 || args.logits.sizes[1] > 0, op,
+                ": predictions: expected at least one class, not logits of ", args.logits);
+}
+
 void check_softcap(double softcap) {
   REDLINE_CHECK(softcap >= 0, op, ": logit_softcap: expected more than 0, not ", softcap);
 }
@@ -61,6 +72,7 @@ void check(const CrossEntropyStatistics& args) {
   check_target_vector(args.targets, rows);
   check_statistics(args.statistics, rows, accumulation_dtype(args.logits.dtype));
   check_softcap(args.softcap);
+  if (args.predictions) check_predictions(args, rows);
 }
 
 void check(const CrossEntropyLoss& args) {
@@ -104,7 +116,8 @@ CrossEntropyStatistics statistics_of(const CrossEntropyPromise& args) {
           .statistics = args.statistics,
           .ignore_index = args.ignore_index,
           .softcap = args.softcap,
-          .skip_ignored = true};
+          .skip_ignored = !args.predictions,
+          .predictions = args.predictions};
 }
 
 CrossEntropyGradient gradient_of(const CrossEntropyPromise& args) {

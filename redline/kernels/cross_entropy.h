@@ -9,6 +9,9 @@
 // merge over ranks by maximum, by rescaled sum and by sum) and `gradient`. Backward keeps the
 // logits and three (four) float32 per row. A target that is no class: an error on CPU, NaN on CUDA
 // (loss and gradient of that row); memory is never read at it.
+// `predictions`, where they are asked for, come out of the same read: vocab_start and the column of
+// the row's largest logit before any softcap, of equal ones the first, of a row with NaN that of
+// the first NaN, of -inf alone the first column. Ignored rows have them too.
 #pragma once
 
 #include "redline/core/stream.h"
@@ -24,8 +27,9 @@ struct CrossEntropyStatistics {
   TensorView statistics;  // [rows, 3 or 4] accumulation dtype, out: m, Z, x_t or 0, sum of x
   int64_t vocab_start = 0;
   int64_t ignore_index = -100;
-  double softcap = 0;         // 0: none
-  bool skip_ignored = false;  // ignored rows are not read and get {0, 1, 0, 0}
+  double softcap = 0;           // 0: none
+  bool skip_ignored = false;    // ignored rows are not read and get {0, 1, 0, 0}
+  TensorView predictions = {};  // [rows] int64, out, optional: not with skip_ignored
 };
 
 // The mean divides by the number of rows that are not ignored: NaN where there are none.
@@ -65,7 +69,7 @@ struct CrossEntropyGradient {
 
 // Statistics and gradient in one pass, under an upstream gradient that is known before the loss:
 // the logits are read once where a row fits into the shared memory of a cluster. Rows that are
-// ignored are not read.
+// ignored are not read, unless predictions are asked for.
 struct CrossEntropyPromise {
   TensorView logits;       // [rows, cols], the whole vocabulary
   TensorView targets;      // [rows] int64
@@ -77,6 +81,7 @@ struct CrossEntropyPromise {
   double label_smoothing = 0;
   double z_loss = 0;
   double softcap = 0;
+  TensorView predictions = {};  // [rows] int64, out, optional
 };
 
 // The two passes that a promise stands for.

@@ -23,6 +23,7 @@ struct Tensors {
         log_sum_exp(accumulation_dtype(s.dtype), {s.rows}),
         loss(accumulation_dtype(s.dtype), {1}),
         count(accumulation_dtype(s.dtype), {1}),
+        predictions(DType::int64, {s.rows}),
         loss_grad(Buffer(accumulation_dtype(s.dtype), {s.rows}).filled()),
         logits_grad(s.dtype, {s.rows, s.cols}) {}
 
@@ -57,7 +58,8 @@ struct Tensors {
   }
 
   int64_t cols;
-  Buffer logits, targets, statistics, row_loss, log_sum_exp, loss, count, loss_grad, logits_grad;
+  Buffer logits, targets, statistics, row_loss, log_sum_exp, loss, count, predictions, loss_grad,
+      logits_grad;
 };
 
 TEST(CrossEntropy, WritesStatisticsLossAndGradient) {
@@ -103,6 +105,43 @@ TEST(CrossEntropy, APromiseOverTheLogitsHasTheBitsOfTwoPasses) {
     const TensorView found = one.statistics, expected = two.statistics;
     EXPECT_EQ(std::memcmp(found.data, expected.data, found.bytes()), 0);
   });
+}
+
+TEST(CrossEntropy, PredictsTheFirstOfTheLargestBesideTheSameStatistics) {
+  test::for_shapes([](const Shape& s) {
+    if (s.cols < 3) return;
+    const Tensors with(s), without(s);
+    CrossEntropyStatistics args = with.first();
+    args.predictions = with.predictions;
+    check(args);
+    run(args, Range{0, s.rows});
+    run(without.first(), Range{0, s.rows});
+    const TensorView ours = with.statistics, theirs = without.statistics, x = with.logits;
+    EXPECT_EQ(std::memcmp(ours.data, theirs.data, ours.bytes()), 0);
+    for (int64_t row = 0; row < s.rows; ++row) {
+      int64_t expected = 0;
+      for (int64_t col = 1; col < s.cols; ++col) {
+        const int64_t at = row * s.cols;
+        if (test::read(x, at + col) > test::read(x, at + expected)) expected = col;
+      }
+      EXPECT_EQ(args.predictions.as<int64_t>()[row], expected) << to_text(x) << " row " << row;
+    }
+  });
+}
+
+TEST(CrossEntropy, APredictionThatCannotBeIsRefused) {
+  const Tensors tensors({DType::float32, 3, 16});
+  CrossEntropyStatistics args = tensors.first();
+  args.predictions = tensors.row_loss;
+  EXPECT_THROW(check(args), Error);
+  args.predictions = tensors.predictions;
+  EXPECT_NO_THROW(check(args));
+  args.vocab_start = 16;  // beside a softcap
+  EXPECT_THROW(check(args), Error);
+  args.softcap = 0;
+  EXPECT_NO_THROW(check(args));
+  args.skip_ignored = true;
+  EXPECT_THROW(check(args), Error);
 }
 
 TEST(CrossEntropy, ATargetThatIsNoClassIsRefused) {

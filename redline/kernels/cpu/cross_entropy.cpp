@@ -16,14 +16,39 @@ struct LogitReader {
   const TensorView& logits;
   Acc softcap;
   Block<Acc> block, capped;
+  const Acc* raw = nullptr;  // the last block as the logits are
 
   const Acc* operator()(int64_t row, int64_t col, int count) {
-    const Acc* values = RowReader<Acc>{logits, row, block}(col, count);
-    if (softcap == 0) return values;
+    raw = RowReader<Acc>{logits, row, block}(col, count);
+    if (softcap == 0) return raw;
     for_vectors<Acc>(count, [&](int i, int n) {
-      store(capped.values + i, softcap * tanh(load(values + i, n) / softcap), n);
+      store(capped.values + i, softcap * tanh(load(raw + i, n) / softcap), n);
     });
     return capped.values;
+  }
+};
+
+// The largest logit of a row and the column that has it first; NaN is above all.
+template <typename Acc>
+struct Prediction {
+  Acc maximum = -infinity<Acc>;
+  int64_t column = 0;
+
+  // Blocks come in order; only one that raises the maximum is searched. `exponentials` is the row's
+  // sum so far, NaN where a logit is (or is +inf).
+  void add(const Acc* x, int64_t col, int count, Acc exponentials) {
+    if (maximum != maximum) return;
+    Acc found = largest<Acc>(count, [&](int i, int n) { return load(x + i, n); });
+    if (exponentials != exponentials) {
+      for (int i = count - 1; i >= 0; --i) {
+        if (x[i] != x[i]) found = x[i];
+      }
+    }
+    if (found <= maximum) return;
+    maximum = found;
+    int i = 0;
+    while (found == found ? x[i] != found : x[i] == x[i]) ++i;
+    column = col + i;
   }
 };
 
@@ -36,6 +61,7 @@ void statistics_rows(const CrossEntropyStatistics& args, Range rows) {
     Acc* out = args.statistics.as<Acc>() + row * args.statistics.strides[0];
     const int64_t target = args.targets.as<const int64_t>()[row];
     RunningSum<Acc> found;
+    Prediction<Acc> prediction;
     Acc target_logit = 0, logit_sum = 0;
     if (args.skip_ignored && target == args.ignore_index) {
       found.maximum = 0;
@@ -45,6 +71,7 @@ void statistics_rows(const CrossEntropyStatistics& args, Range rows) {
       for_blocks(cols, [&](int64_t col, int count) {
         const Acc* x = logits(row, col, count);
         add_block(found, x, count);
+        if (args.predictions) prediction.add(logits.raw, col, count, found.exponentials);
         if (target_col >= col && target_col < col + count) target_logit = x[target_col - col];
         if (with_sum) logit_sum += sum<Acc>(count, [&](int i, int n) { return load(x + i, n); });
       });
@@ -53,6 +80,9 @@ void statistics_rows(const CrossEntropyStatistics& args, Range rows) {
     out[1] = found.exponentials;
     out[2] = target_logit;
     if (with_sum) out[3] = logit_sum;
+    if (args.predictions) {
+      args.predictions.as<int64_t>()[row] = args.vocab_start + prediction.column;
+    }
   }
 }
 

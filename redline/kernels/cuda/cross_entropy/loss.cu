@@ -76,7 +76,8 @@ __global__ void __launch_bounds__(loss_threads)
 }  // namespace cuda
 
 void run(const CrossEntropyStatistics& args, Stream stream) {
-  cuda::launch_statistics(args, stream);
+  if (args.predictions) return cuda::run_with_predictions(args, stream);
+  cuda::launch_statistics<false>(args, stream);
 }
 
 void run(const CrossEntropyLoss& args, Stream stream) {

@@ -46,15 +46,8 @@ void run(const CrossEntropyPromise& args, Stream stream) {
     run(gradient_of(args), stream);
     return;
   }
-  const bool aligned =
-      are_aligned("cross_entropy", {{"logits", &args.logits}, {"logits_grad", &args.logits_grad}});
-  note_choice("the gradient in the pass of the statistics: a row fits the shared memory of ",
-              cluster, " blocks");
-  const PromisedArgs device = {gradient_args(gradient_of(args)), args.statistics.as<float>(), 0,
-                               aligned};
-  visit_dtype<float, bfloat16, float16>("cross_entropy", args.logits.dtype, [&]<typename Host>() {
-    choose_promised<device_type<Host>>(device, cluster, stream);
-  });
+  if (args.predictions) return run_with_predictions(args, cluster, stream);
+  launch_promises<false>(args, cluster, stream);
 }
 
 void run(const CrossEntropyRescale& args, Stream stream) {

@@ -7,11 +7,15 @@
 #pragma once
 
 #include "redline/kernels/cuda/cross_entropy/gradient.cuh"
-#include "redline/kernels/cuda/cross_entropy/statistics.cuh"
+#include "redline/kernels/cuda/cross_entropy/largest.cuh"
 #include "redline/kernels/cuda/device/copy_async.cuh"
 #include "redline/kernels/cuda/device/shared_barrier.cuh"
 
 namespace redline::cuda {
+
+// run() of arguments with predictions, as launch_promises().
+void run_with_predictions(const CrossEntropyPromise& args, int cluster, Stream stream);
+
 namespace {
 
 constexpr int most_threads = 256;
@@ -24,6 +28,7 @@ static_assert(part_limit <= groups_limit * in_flight * most_threads * 16);
 
 struct PromisedArgs : GradientArgs {
   float* found;  // the statistics
+  int64_t* predictions;
   int part;      // columns of a block: whole lines of 128 bytes
   bool aligned;  // every row of the logits and of the gradient starts at a multiple of 16 bytes
 };
@@ -34,22 +39,44 @@ struct RowMemory {
   float scratch[statistics_scratch];
   float gathered[3][Cluster];
   SharedBarrier came;
+  float largest[2][Cluster];  // values, and the bits of their columns
 };
 
-static_assert(sizeof(RowMemory<8>) <= arrays_limit);
+static_assert(sizeof(RowMemory<8>) + sizeof(LargestScratch<most_threads>) <= arrays_limit);
 
-// What all blocks of the row have seen, in every thread: the same order in each block.
-template <typename T, int Cluster>
-__device__ __forceinline__ Running over_cluster(const Running& own, RowMemory<Cluster>& memory) {
+// The row's largest logit, in the first block that has it.
+template <int Cluster>
+__device__ __forceinline__ Largest first_largest(const RowMemory<Cluster>& memory) {
+  Largest all = {memory.largest[0][0], __float_as_int(memory.largest[1][0])};
+#pragma unroll
+  for (int block = 1; block < Cluster; ++block) {
+    const float value = memory.largest[0][block];
+    if (!isnan(all.value) && (isnan(value) || value > all.value)) {
+      all = {value, __float_as_int(memory.largest[1][block])};
+    }
+  }
+  return all;
+}
+
+// What all blocks of the row have seen, in every thread: the same order in each block. With Predict
+// `largest` comes in as the block's and goes out as the row's.
+template <typename T, bool Predict, int Cluster>
+__device__ __forceinline__ Running over_cluster(const Running& own, Largest& largest,
+                                                RowMemory<Cluster>& memory) {
   cluster_wait();  // the others' barriers are there
   const uint32_t thread = threadIdx.x, rank = cluster_rank();
-  if (thread == 0) memory.came.expect(Cluster * 3 * 4);
+  if (thread == 0) memory.came.expect(Cluster * (Predict ? 5 : 3) * 4);
   if (thread < Cluster) {
     memory.came.send(&memory.gathered[0][rank], thread, own.maximum);
     memory.came.send(&memory.gathered[1][rank], thread, own.exponentials);
     memory.came.send(&memory.gathered[2][rank], thread, own.sum);
+    if constexpr (Predict) {
+      memory.came.send(&memory.largest[0][rank], thread, largest.value);
+      memory.came.send(&memory.largest[1][rank], thread, __int_as_float(largest.col));
+    }
   }
   memory.came.wait(0);
+  if constexpr (Predict) largest = first_largest(memory);
   Running all = {memory.gathered[0][0], 0.0f, 0.0f};
 #pragma unroll
   for (int block = 1; block < Cluster; ++block) {
@@ -98,9 +125,10 @@ __device__ __forceinline__ Packed<T> read_or_outside(const T* tile, int col, int
   return *reinterpret_cast<const Packed<T>*>(&words);
 }
 
-// What this thread has copied, as it comes.
+// What this thread has copied, as it comes; where `largest` is given, it too.
 template <typename T, int Threads>
-__device__ __forceinline__ Running add_tile(const T* tile, int cols, int groups, Formula formula) {
+__device__ __forceinline__ Running add_tile(const T* tile, int cols, int groups, Formula formula,
+                                            Largest* largest) {
   constexpr int N = vector_size<T>, step = Threads * N;
   Running running = {negative_infinity(), 0.0f, 0.0f};
   RowVectors at = {static_cast<int>(threadIdx.x) * N, step, cols, 0};
@@ -109,6 +137,7 @@ __device__ __forceinline__ Running add_tile(const T* tile, int cols, int groups,
     Packed<T> packed[in_flight];
 #pragma unroll
     for (int v = 0; v < in_flight; ++v) packed[v] = read_or_outside(tile, at.col + v * step, cols);
+    if (largest != nullptr) note_largest(packed, at.col, *largest);
     add_vectors(packed, at, formula, running);
     at.col += in_flight * step;
   }
@@ -122,7 +151,7 @@ __device__ __forceinline__ void write_zeros(T* grad, int cols, bool aligned) {
   }
 }
 
-template <typename T, int Threads, int Cluster>
+template <typename T, int Threads, int Cluster, bool Predict>
 __global__ void __launch_bounds__(Threads, 1024 / Threads)
     promised_kernel(const PromisedArgs args) {
   constexpr int N = vector_size<T>, step = Threads * N;
@@ -136,7 +165,8 @@ __global__ void __launch_bounds__(Threads, 1024 / Threads)
   T* grad = static_cast<T*>(args.logits_grad) + row_index * args.grad_stride + begin;
   float* statistics = args.found + row_index * args.width;
   const int64_t target = args.targets[row_index];
-  if (target == args.ignore_index) {  // for all blocks of the row alike
+  const bool ignored = target == args.ignore_index;  // for all blocks of the row alike
+  if (ignored && !Predict) {
     write_zeros<T, Threads>(grad, cols, args.aligned);
     if (rank == 0 && thread < args.width) statistics[thread] = thread == 1 ? 1.0f : 0.0f;
     return;
@@ -149,7 +179,9 @@ __global__ void __launch_bounds__(Threads, 1024 / Threads)
   const T* row = static_cast<const T*>(args.data) + row_index * args.stride + begin;
   const int groups = request<T, Threads>(tile, row, cols, args.aligned);
   const float upstream = upstream_of(args, row_index, target);
-  Running running = add_tile<T, Threads>(tile, cols, groups, {args.softcap, args.width == 4});
+  Largest largest = {negative_infinity(), 0};
+  Running running = add_tile<T, Threads>(tile, cols, groups, {args.softcap, args.width == 4},
+                                         Predict ? &largest : nullptr);
   // The target's logit, by the thread that copied it: the row may be written over from here on.
   const bool exists = is_class(target, args.vocabulary);
   const int hot_col = exists ? static_cast<int>(target - begin) : -1;
@@ -157,13 +189,20 @@ __global__ void __launch_bounds__(Threads, 1024 / Threads)
     statistics[2] = capped(to_float(tile[hot_col]), args.softcap);
   }
   running = over_block<T, Threads>(running, memory.scratch);
-  if constexpr (Cluster > 1) running = over_cluster<T>(running, memory);
+  if constexpr (Predict) {
+    __shared__ LargestScratch<Threads> scratch;
+    largest = over_block(tile, cols, largest, running.exponentials, scratch);
+    if (largest.col != nowhere) largest.col += static_cast<int>(begin);
+  }
+  if constexpr (Cluster > 1) running = over_cluster<T, Predict>(running, largest, memory);
   if (rank == 0 && thread == 0) {
     statistics[0] = running.maximum;
     statistics[1] = running.exponentials;
     if (!exists) statistics[2] = 0.0f;
     if (args.width == 4) statistics[3] = running.sum;
+    if (Predict) args.predictions[row_index] = prediction_of(largest);
   }
+  if (Predict && ignored) return write_zeros<T, Threads>(grad, cols, args.aligned);
   const RowGradient found =
       row_gradient(args, row_index, upstream, running.maximum, running.exponentials);
 #pragma unroll 2
@@ -174,11 +213,11 @@ __global__ void __launch_bounds__(Threads, 1024 / Threads)
   }
 }
 
-template <typename T, int Threads, int Cluster>
+template <typename T, int Threads, int Cluster, bool Predict>
 void launch_promised(PromisedArgs args, Stream stream) {
   constexpr int line = 128 / static_cast<int>(sizeof(T));
   args.part = static_cast<int>(ceil_div(ceil_div(args.cols, Cluster), line)) * line;
-  launch(promised_kernel<T, Threads, Cluster>,
+  launch(promised_kernel<T, Threads, Cluster, Predict>,
          {.grid = dim3(args.rows * Cluster),
           .block = dim3(Threads),
           .shared_bytes = args.part * static_cast<int>(sizeof(T)),
@@ -187,15 +226,29 @@ void launch_promised(PromisedArgs args, Stream stream) {
          args);
 }
 
-template <typename T>
+template <typename T, bool Predict>
 void choose_promised(const PromisedArgs& args, int cluster, Stream stream) {
   const int64_t vectors = ceil_div(args.cols, vector_size<T>);
-  if (cluster == 8) return launch_promised<T, most_threads, 8>(args, stream);
-  if (cluster == 4) return launch_promised<T, most_threads, 4>(args, stream);
-  if (cluster == 2) return launch_promised<T, most_threads, 2>(args, stream);
-  if (vectors <= 4 * 32) return launch_promised<T, 32, 1>(args, stream);
-  if (vectors <= 4 * 256) return launch_promised<T, 128, 1>(args, stream);
-  launch_promised<T, most_threads, 1>(args, stream);
+  if (cluster == 8) return launch_promised<T, most_threads, 8, Predict>(args, stream);
+  if (cluster == 4) return launch_promised<T, most_threads, 4, Predict>(args, stream);
+  if (cluster == 2) return launch_promised<T, most_threads, 2, Predict>(args, stream);
+  if (vectors <= 4 * 32) return launch_promised<T, 32, 1, Predict>(args, stream);
+  if (vectors <= 4 * 256) return launch_promised<T, 128, 1, Predict>(args, stream);
+  launch_promised<T, most_threads, 1, Predict>(args, stream);
+}
+
+// For rows that fit the shared memory of `cluster` blocks.
+template <bool Predict>
+void launch_promises(const CrossEntropyPromise& args, int cluster, Stream stream) {
+  const bool aligned =
+      are_aligned("cross_entropy", {{"logits", &args.logits}, {"logits_grad", &args.logits_grad}});
+  note_choice("the gradient in the pass of the statistics: a row fits the shared memory of ",
+              cluster, " blocks");
+  const PromisedArgs device = {gradient_args(gradient_of(args)), args.statistics.as<float>(),
+                               args.predictions.as<int64_t>(), 0, aligned};
+  visit_dtype<float, bfloat16, float16>("cross_entropy", args.logits.dtype, [&]<typename Host>() {
+    choose_promised<device_type<Host>, Predict>(device, cluster, stream);
+  });
 }
 
 }  // namespace
