@@ -59,10 +59,12 @@ def rows(width, dtype):
     gain = draw(70, dtype=torch.float32)
     packed, both_biases = draw(70, 2 * width, dtype=dtype), draw(2 * width, dtype=dtype)
     both(lambda a, b, s: ops.gated_activation(a, bias=b, row_scale=s), packed, both_biases, gain)
-    targets = torch.randint(width, (70,), device="cuda")
+    targets, predict = torch.randint(width, (70,), device="cuda"), {"return_predictions": True}
     both(lambda a: ops.cross_entropy(a, targets, label_smoothing=0.1, logit_softcap=30.0), x)
     both(lambda a: ops.cross_entropy(a * 1, targets, inplace_backward=True), x)
     both(lambda a: ops.cross_entropy(a, targets, "sum", loss_scale=1.0), x)
+    both(lambda a: ops.cross_entropy(a, targets, **predict)[0], x)
+    both(lambda a: ops.cross_entropy(a, targets, "sum", loss_scale=1.0, **predict)[0], x)
     both(lambda a: 2 * ops.cross_entropy(a * 1, targets, inplace_backward=True, loss_scale=1.0), x)
     tokens = torch.randint(9, (300,), device="cuda")
     both(lambda w: ops.embedding(tokens, w), draw(11, width, dtype=dtype))

@@ -37,4 +37,18 @@ at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& targets,
 std::tuple<at::Tensor, at::Tensor> cross_entropy_with_log_sum_exp(
     const at::Tensor& logits, const at::Tensor& targets, const CrossEntropyOptions& options = {});
 
+struct CrossEntropyPredicted {
+  at::Tensor loss;
+  at::Tensor log_sum_exp;  // of no elements unless it was asked for
+  at::Tensor predictions;  // int64, the targets' shape: no gradient
+};
+
+// The class of each row's largest logit too, ignored rows included, out of the read that the loss
+// makes: what at::argmax(logits, -1) gives, of equal logits the first, a NaN above all. The softcap
+// does not enter.
+CrossEntropyPredicted cross_entropy_with_predictions(const at::Tensor& logits,
+                                                     const at::Tensor& targets,
+                                                     const CrossEntropyOptions& options = {},
+                                                     bool with_log_sum_exp = false);
+
 }  // namespace redline::ops

@@ -26,23 +26,47 @@ Reduction reduction_from(const char* op, std::string_view name) {
 
 // --- inner ops ----------------------------------------------------------------------------------
 
+// `args` says what the tensors do not.
+void write_statistics(const Tensor& logits, const Tensor& targets, const Tensor& statistics,
+                      const Tensor& predictions, CrossEntropyStatistics args) {
+  const Tensor logit_rows = with_rows(op_name, "logits", logits),
+               rows = flat_targets(op_name, targets);
+  args.logits = view_rows(logit_rows);
+  args.targets = view(rows);
+  args.statistics = view(statistics);
+  if (predictions.defined()) args.predictions = view(predictions.view({-1}));
+  run_rows(logits, args, args.logits.sizes[0], args.logits.sizes[1]);
+}
+
 Tensor cross_entropy_statistics(const Tensor& logits, const Tensor& targets,
                                 c10::SymInt vocab_start, std::optional<double> logit_softcap,
                                 std::optional<int64_t> ignore_index, bool with_sum) {
   check_loss_inputs(logits, targets);
   const Tensor statistics = empty_statistics(logits, targets, with_sum);
   if (logits.is_meta()) return statistics;
-  const Tensor logit_rows = with_rows(op_name, "logits", logits),
-               rows = flat_targets(op_name, targets);
-  const CrossEntropyStatistics args{.logits = view_rows(logit_rows),
-                                    .targets = view(rows),
-                                    .statistics = view(statistics),
-                                    .vocab_start = vocab_start.expect_int(),
-                                    .ignore_index = ignore_index.value_or(0),
-                                    .softcap = logit_softcap.value_or(0),
-                                    .skip_ignored = ignore_index.has_value()};
-  run_rows(logits, args, args.logits.sizes[0], args.logits.sizes[1]);
+  CrossEntropyStatistics args{};
+  args.vocab_start = vocab_start.expect_int();
+  args.ignore_index = ignore_index.value_or(0);
+  args.softcap = logit_softcap.value_or(0);
+  args.skip_ignored = ignore_index.has_value();
+  write_statistics(logits, targets, statistics, {}, args);
   return statistics;
+}
+
+// Of every row. Slices of a vocabulary merge by the maximum, the first of equal ones, which is the
+// logits' own where there is no softcap; a NaN shows in the sum of exponentials.
+std::tuple<Tensor, Tensor> cross_entropy_statistics_with_predictions(
+    const Tensor& logits, const Tensor& targets, c10::SymInt vocab_start,
+    std::optional<double> logit_softcap, bool with_sum) {
+  check_loss_inputs(logits, targets);
+  const Tensor statistics = empty_statistics(logits, targets, with_sum);
+  const Tensor predictions = empty_predictions(targets);
+  if (logits.is_meta()) return {statistics, predictions};
+  CrossEntropyStatistics args{};
+  args.vocab_start = vocab_start.expect_int();
+  args.softcap = logit_softcap.value_or(0);
+  write_statistics(logits, targets, statistics, predictions, args);
+  return {statistics, predictions};
 }
 
 // {loss, log_sum_exp, count}; count is what a mean was divided by.
@@ -143,6 +167,7 @@ void cross_entropy_gradient_inplace(Tensor& logits, const Tensor& targets, const
 
 void implement(torch::Library& m) {
   m.impl("cross_entropy_statistics", cross_entropy_statistics);
+  m.impl("cross_entropy_statistics_with_predictions", cross_entropy_statistics_with_predictions);
   m.impl("cross_entropy_loss", cross_entropy_loss);
   m.impl("cross_entropy_gradient", cross_entropy_gradient);
   m.impl("cross_entropy_gradient_inplace", cross_entropy_gradient_inplace);
@@ -153,6 +178,10 @@ void implement(torch::Library& m) {
 Tensor empty_statistics(const Tensor& logits, const Tensor& targets, bool with_sum) {
   return at::empty_symint({targets.sym_numel(), with_sum ? 4 : 3},
                           logits.options().dtype(accumulation_type(logits)));
+}
+
+Tensor empty_predictions(const Tensor& targets) {
+  return at::empty_symint(targets.sym_sizes(), targets.options().dtype(at::kLong));
 }
 
 void bump_version(const Tensor& tensor) {
@@ -220,6 +249,14 @@ Tensor call_statistics(const Tensor& logits, const Tensor& targets,
   return op.call(logits, targets, 0, options.logit_softcap, skipped, options.label_smoothing != 0);
 }
 
+std::tuple<Tensor, Tensor> call_statistics_with_predictions(const Tensor& logits,
+                                                            const Tensor& targets,
+                                                            const CrossEntropyOptions& options) {
+  static const auto op = find_op<decltype(cross_entropy_statistics_with_predictions)>(
+      "redline::cross_entropy_statistics_with_predictions");
+  return op.call(logits, targets, 0, options.logit_softcap, options.label_smoothing != 0);
+}
+
 std::tuple<Tensor, Tensor, Tensor> call_loss(const Tensor& statistics, const Tensor& targets,
                                              c10::SymInt vocabulary,
                                              const CrossEntropyOptions& options) {
@@ -248,6 +285,10 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
       "cross_entropy_statistics(Tensor logits, Tensor targets, SymInt vocab_start=0, "
       "float? logit_softcap=None, int? ignore_index=None, bool with_sum=False) -> Tensor");
   m.def(
+      "cross_entropy_statistics_with_predictions(Tensor logits, Tensor targets, "
+      "SymInt vocab_start=0, float? logit_softcap=None, bool with_sum=False) "
+      "-> (Tensor statistics, Tensor predictions)");
+  m.def(
       "cross_entropy_loss(Tensor statistics, Tensor targets, SymInt vocabulary, str reduction, "
       "int ignore_index, float label_smoothing, float z_loss) "
       "-> (Tensor loss, Tensor log_sum_exp, Tensor count)");
@@ -264,8 +305,8 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
 }
 
 const Registration registration({
-    .inner_ops = {"cross_entropy_statistics", "cross_entropy_loss", "cross_entropy_gradient",
-                  "cross_entropy_gradient_inplace"},
+    .inner_ops = {"cross_entropy_statistics", "cross_entropy_statistics_with_predictions",
+                  "cross_entropy_loss", "cross_entropy_gradient", "cross_entropy_gradient_inplace"},
     .inner = implement,
 });
 

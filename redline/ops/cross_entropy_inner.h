@@ -29,6 +29,9 @@ struct CrossEntropyUpstream {
 // [rows, 3], [rows, 4] with label smoothing; ignored rows are read where `every_row` is true.
 at::Tensor call_statistics(const at::Tensor& logits, const at::Tensor& targets,
                            const CrossEntropyOptions& options, bool every_row);
+// {statistics, predictions}, the second of the targets' shape; every row is read.
+std::tuple<at::Tensor, at::Tensor> call_statistics_with_predictions(
+    const at::Tensor& logits, const at::Tensor& targets, const CrossEntropyOptions& options);
 // {loss, log_sum_exp, count}; count is what a mean was divided by.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> call_loss(const at::Tensor& statistics,
                                                          const at::Tensor& targets,
@@ -41,6 +44,9 @@ at::Tensor call_gradient(at::Tensor logits, const CrossEntropyUpstream& in, bool
 
 // [rows, 3], or with the sum of the logits [rows, 4].
 at::Tensor empty_statistics(const at::Tensor& logits, const at::Tensor& targets, bool with_sum);
+
+// int64, of the targets' shape.
+at::Tensor empty_predictions(const at::Tensor& targets);
 
 // One number per row, of a scalar the same for all; `flat` holds it for as long as the view.
 TensorView row_values(const at::Tensor& given, int64_t rows, at::ScalarType dtype,

@@ -16,9 +16,14 @@ using at::Tensor;
 
 constexpr const char* op_name = "cross_entropy";
 
-// The gradient goes to logits_grad, which may be the logits. Both come from with_rows().
-void write_promise(const Tensor& logits, const Tensor& logits_grad, const Tensor& statistics,
-                   const Tensor& targets, const CrossEntropyOptions& options) {
+// What a promise writes; predictions where they are defined.
+struct Promise {
+  Tensor statistics, logits_grad, predictions;
+};
+
+// The gradient may go over the logits. Both come from with_rows().
+void write_promise(const Tensor& logits, const Tensor& targets, const Promise& out,
+                   const CrossEntropyOptions& options) {
   const Tensor rows = flat_targets(op_name, targets);
   const auto type = accumulation_type(logits);
   Tensor loss_scale, count;
@@ -30,12 +35,13 @@ void write_promise(const Tensor& logits, const Tensor& logits_grad, const Tensor
       .targets = view(rows),
       .loss_scale = row_values(*options.loss_scale, rows.numel(), type, loss_scale),
       .count = view(count),
-      .statistics = view(statistics),
-      .logits_grad = view_rows(logits_grad),
+      .statistics = view(out.statistics),
+      .logits_grad = view_rows(out.logits_grad),
       .ignore_index = options.ignore_index,
       .label_smoothing = options.label_smoothing,
       .z_loss = options.z_loss,
-      .softcap = options.logit_softcap.value_or(0)};
+      .softcap = options.logit_softcap.value_or(0),
+      .predictions = out.predictions.defined() ? view(out.predictions.view({-1})) : TensorView{}};
   if (!logits.is_cuda()) {  // before anything is written
     check_targets(op_name, args.targets, args.logits.sizes[1], options.ignore_index);
   }
@@ -53,39 +59,74 @@ CrossEntropyOptions promised_options(const Tensor& loss_scale, std::string_view 
           .loss_scale = loss_scale};
 }
 
+Promise promise(const Tensor& logits, const Tensor& targets, const Tensor& predictions,
+                const CrossEntropyOptions& options) {
+  check_loss_inputs(logits, targets);
+  const Promise out = {empty_statistics(logits, targets, options.label_smoothing != 0),
+                       at::empty_like(logits, at::MemoryFormat::Contiguous), predictions};
+  if (!logits.is_meta()) {
+    write_promise(with_rows(op_name, "logits", logits), targets, out, options);
+  }
+  return out;
+}
+
+Promise promise_inplace(Tensor& logits, const Tensor& targets, const Tensor& predictions,
+                        const CrossEntropyOptions& options) {
+  check_loss_inputs(logits, targets);
+  at::assert_no_internal_overlap(logits);
+  Promise out = {empty_statistics(logits, targets, options.label_smoothing != 0), {}, predictions};
+  if (!logits.is_meta()) {
+    const Tensor rows =
+        with_rows(op_name, "logits", logits);  // a copy where the layout asks for one
+    out.logits_grad = rows;
+    write_promise(rows, targets, out, options);
+    if (!rows.is_same(logits)) logits.copy_(rows);
+  }
+  bump_version(logits);
+  return out;
+}
+
 // {statistics, logits_grad}
 std::tuple<Tensor, Tensor> cross_entropy_promise(const Tensor& logits, const Tensor& targets,
                                                  const Tensor& loss_scale,
                                                  std::string_view reduction, int64_t ignore_index,
                                                  double label_smoothing, double z_loss,
                                                  std::optional<double> logit_softcap) {
-  check_loss_inputs(logits, targets);
-  const Tensor statistics = empty_statistics(logits, targets, label_smoothing != 0);
-  const Tensor logits_grad = at::empty_like(logits, at::MemoryFormat::Contiguous);
-  if (logits.is_meta()) return {statistics, logits_grad};
-  write_promise(with_rows(op_name, "logits", logits), logits_grad, statistics, targets,
-                promised_options(loss_scale, reduction, ignore_index, label_smoothing, z_loss,
-                                 logit_softcap));
-  return {statistics, logits_grad};
+  const Promise out = promise(logits, targets, {},
+                              promised_options(loss_scale, reduction, ignore_index, label_smoothing,
+                                               z_loss, logit_softcap));
+  return {out.statistics, out.logits_grad};
+}
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_promise_with_predictions(
+    const Tensor& logits, const Tensor& targets, const Tensor& loss_scale,
+    std::string_view reduction, int64_t ignore_index, double label_smoothing, double z_loss,
+    std::optional<double> logit_softcap) {
+  const Promise out = promise(logits, targets, empty_predictions(targets),
+                              promised_options(loss_scale, reduction, ignore_index, label_smoothing,
+                                               z_loss, logit_softcap));
+  return {out.statistics, out.logits_grad, out.predictions};
 }
 
 Tensor cross_entropy_promise_inplace(Tensor& logits, const Tensor& targets,
                                      const Tensor& loss_scale, std::string_view reduction,
                                      int64_t ignore_index, double label_smoothing, double z_loss,
                                      std::optional<double> logit_softcap) {
-  check_loss_inputs(logits, targets);
-  at::assert_no_internal_overlap(logits);
-  const Tensor statistics = empty_statistics(logits, targets, label_smoothing != 0);
-  if (!logits.is_meta()) {
-    const Tensor rows =
-        with_rows(op_name, "logits", logits);  // a copy where the layout asks for one
-    write_promise(rows, rows, statistics, targets,
-                  promised_options(loss_scale, reduction, ignore_index, label_smoothing, z_loss,
-                                   logit_softcap));
-    if (!rows.is_same(logits)) logits.copy_(rows);
-  }
-  bump_version(logits);
-  return statistics;
+  return promise_inplace(logits, targets, {},
+                         promised_options(loss_scale, reduction, ignore_index, label_smoothing,
+                                          z_loss, logit_softcap))
+      .statistics;
+}
+
+// {statistics, predictions}
+std::tuple<Tensor, Tensor> cross_entropy_promise_inplace_with_predictions(
+    Tensor& logits, const Tensor& targets, const Tensor& loss_scale, std::string_view reduction,
+    int64_t ignore_index, double label_smoothing, double z_loss,
+    std::optional<double> logit_softcap) {
+  const Promise out = promise_inplace(logits, targets, empty_predictions(targets),
+                                      promised_options(loss_scale, reduction, ignore_index,
+                                                       label_smoothing, z_loss, logit_softcap));
+  return {out.statistics, out.predictions};
 }
 
 Tensor cross_entropy_fulfil(const Tensor& kept, const Tensor& loss_grad, const Tensor& loss_scale) {
@@ -112,6 +153,9 @@ void cross_entropy_fulfil_inplace(Tensor& kept, const Tensor& loss_grad, const T
 void implement(torch::Library& m) {
   m.impl("cross_entropy_promise", cross_entropy_promise);
   m.impl("cross_entropy_promise_inplace", cross_entropy_promise_inplace);
+  m.impl("cross_entropy_promise_with_predictions", cross_entropy_promise_with_predictions);
+  m.impl("cross_entropy_promise_inplace_with_predictions",
+         cross_entropy_promise_inplace_with_predictions);
   m.impl("cross_entropy_fulfil", cross_entropy_fulfil);
   m.impl("cross_entropy_fulfil_inplace", cross_entropy_fulfil_inplace);
 }
@@ -146,19 +190,32 @@ Tensor kept_ratio(const char* op, const Tensor& loss_grad, const Tensor& loss_sc
   return at::full({}, NAN, loss_grad.options()).masked_fill_(all, 1).view({1});
 }
 
-std::pair<Tensor, Tensor> call_promise(Tensor logits, const Tensor& targets,
-                                       const CrossEntropyOptions& o, bool inplace) {
-  static const auto find_inplace =
-      find_op<decltype(cross_entropy_promise_inplace)>("redline::cross_entropy_promise_inplace");
-  static const auto find =
-      find_op<decltype(cross_entropy_promise)>("redline::cross_entropy_promise");
+CrossEntropyPromised call_promise(Tensor logits, const Tensor& targets,
+                                  const CrossEntropyOptions& o, CrossEntropyPromiseForm form) {
   const auto call = [&](const auto& op) {
     return op.call(logits, targets, *o.loss_scale, o.reduction, o.ignore_index, o.label_smoothing,
                    o.z_loss, o.logit_softcap);
   };
-  if (inplace) return {call(find_inplace), logits};
-  const auto [statistics, logits_grad] = call(find);
-  return {statistics, logits_grad};
+  if (form.inplace && form.predictions) {
+    static const auto op = find_op<decltype(cross_entropy_promise_inplace_with_predictions)>(
+        "redline::cross_entropy_promise_inplace_with_predictions");
+    const auto [statistics, predictions] = call(op);
+    return {statistics, logits, predictions};
+  }
+  if (form.inplace) {
+    static const auto op =
+        find_op<decltype(cross_entropy_promise_inplace)>("redline::cross_entropy_promise_inplace");
+    return {call(op), logits, {}};
+  }
+  if (form.predictions) {
+    static const auto op = find_op<decltype(cross_entropy_promise_with_predictions)>(
+        "redline::cross_entropy_promise_with_predictions");
+    const auto [statistics, logits_grad, predictions] = call(op);
+    return {statistics, logits_grad, predictions};
+  }
+  static const auto op = find_op<decltype(cross_entropy_promise)>("redline::cross_entropy_promise");
+  const auto [statistics, logits_grad] = call(op);
+  return {statistics, logits_grad, {}};
 }
 
 Tensor call_fulfil(Tensor kept, const Tensor& loss_grad, const Tensor& loss_scale, bool inplace) {
@@ -171,20 +228,26 @@ Tensor call_fulfil(Tensor kept, const Tensor& loss_grad, const Tensor& loss_scal
 }
 
 TORCH_LIBRARY_FRAGMENT(redline, m) {
-  m.def(
-      "cross_entropy_promise(Tensor logits, Tensor targets, Tensor loss_scale, str reduction, "
-      "int ignore_index, float label_smoothing, float z_loss, float? logit_softcap) "
-      "-> (Tensor statistics, Tensor logits_grad)");
-  m.def(
-      "cross_entropy_promise_inplace(Tensor(a!) logits, Tensor targets, Tensor loss_scale, "
-      "str reduction, int ignore_index, float label_smoothing, float z_loss, "
-      "float? logit_softcap) -> Tensor");
+  const std::string rest =
+      " logits, Tensor targets, Tensor loss_scale, str reduction, int ignore_index, "
+      "float label_smoothing, float z_loss, float? logit_softcap) -> ";
+  const auto define = [&](const std::string& name, const std::string& results) {
+    m.def((name + rest + results).c_str());
+  };
+  define("cross_entropy_promise(Tensor", "(Tensor statistics, Tensor logits_grad)");
+  define("cross_entropy_promise_inplace(Tensor(a!)", "Tensor");
+  define("cross_entropy_promise_with_predictions(Tensor",
+         "(Tensor statistics, Tensor logits_grad, Tensor predictions)");
+  define("cross_entropy_promise_inplace_with_predictions(Tensor(a!)",
+         "(Tensor statistics, Tensor predictions)");
   m.def("cross_entropy_fulfil(Tensor kept, Tensor loss_grad, Tensor loss_scale) -> Tensor");
   m.def("cross_entropy_fulfil_inplace(Tensor(a!) kept, Tensor loss_grad, Tensor loss_scale) -> ()");
 }
 
 const Registration registration({
-    .inner_ops = {"cross_entropy_promise", "cross_entropy_promise_inplace", "cross_entropy_fulfil",
+    .inner_ops = {"cross_entropy_promise", "cross_entropy_promise_inplace",
+                  "cross_entropy_promise_with_predictions",
+                  "cross_entropy_promise_inplace_with_predictions", "cross_entropy_fulfil",
                   "cross_entropy_fulfil_inplace"},
     .inner = implement,
 });

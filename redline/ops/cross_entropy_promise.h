@@ -17,10 +17,17 @@ at::Tensor mean_divisor(const at::Tensor& targets, int64_t ignore_index, at::Sca
 // they are the same to the bit. Of several numbers all must be.
 at::Tensor kept_ratio(const char* op, const at::Tensor& loss_grad, const at::Tensor& loss_scale);
 
-// Statistics as of call_statistics(), and the logits' gradient under options.loss_scale; with
-// `inplace` over the logits.
-std::pair<at::Tensor, at::Tensor> call_promise(at::Tensor logits, const at::Tensor& targets,
-                                               const CrossEntropyOptions& options, bool inplace);
+struct CrossEntropyPromised {
+  at::Tensor statistics;   // as of call_statistics()
+  at::Tensor logits_grad;  // under options.loss_scale
+  at::Tensor predictions;  // where they were asked for
+};
+struct CrossEntropyPromiseForm {
+  bool inplace = false;  // the gradient goes over the logits
+  bool predictions = false;
+};
+CrossEntropyPromised call_promise(at::Tensor logits, const at::Tensor& targets,
+                                  const CrossEntropyOptions& options, CrossEntropyPromiseForm form);
 // That gradient under `loss_grad`; with `inplace` it is no longer what was kept.
 at::Tensor call_fulfil(at::Tensor kept, const at::Tensor& loss_grad, const at::Tensor& loss_scale,
                        bool inplace);

@@ -5,6 +5,7 @@
 #include "redline/layers/gpt.h"
 #include "redline/layers/recompute.h"
 #include "redline/ops/adamw_optimizer.h"
+#include "redline/ops/cross_entropy.h"
 #include "redline/ops/log.h"
 #include "redline/ops/norm.h"
 #include "redline/ops/strict.h"
@@ -192,6 +193,18 @@ TEST(Layers, AFusedLossFillsMainGradAndRefusesToWait) {
       refusal([&] { gpt->loss(some_tokens(), some_tokens()); }),
       "fused_linear_cross_entropy: delayed: expected none, for a queue would keep the logits' "
       "gradient");
+}
+
+TEST(CrossEntropy, PredictionsComeBesideTheLoss) {
+  const Tensor logits = torch::randn({9, 31}, torch::requires_grad());
+  const Tensor targets = torch::arange(9);
+  const auto [loss, none, predictions] = ops::cross_entropy_with_predictions(logits, targets);
+  EXPECT_TRUE(torch::equal(loss, ops::cross_entropy(logits, targets)));
+  EXPECT_TRUE(torch::equal(predictions, logits.argmax(-1)));
+  EXPECT_EQ(none.numel(), 0);
+  const auto all = ops::cross_entropy_with_predictions(logits, targets, {.z_loss = 0.1}, true);
+  EXPECT_EQ(all.log_sum_exp.sizes(), targets.sizes());
+  EXPECT_TRUE(all.log_sum_exp.requires_grad() && !all.predictions.requires_grad());
 }
 
 struct Trained {

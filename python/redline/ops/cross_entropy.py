@@ -21,7 +21,8 @@ def cross_entropy(
     inplace_backward: bool = False,
     loss_scale: Tensor | float | None = None,
     return_log_sum_exp: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_predictions: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """lse - (1 - s) x[target] - s mean(x) + z_loss lse^2, with lse = log(sum(exp(x))).
 
     logits: [..., vocabulary], any floating dtype, read as they are under autocast too; targets:
@@ -29,6 +30,11 @@ def cross_entropy(
     `label_smoothing`. Returns float32 (float64 for float64 logits): the mean or sum over the rows
     whose target is not `ignore_index`, or with reduction "none" the targets' shape. With
     `return_log_sum_exp` (loss, lse), both differentiable.
+
+    `return_predictions` adds, behind these, what ``logits.argmax(-1)`` gives, int64, of equal
+    logits the first: out of the read that the loss makes, which saves argmax's own. Ignored rows
+    have one too and are then read. The softcap does not enter. On CUDA a row with a NaN or +inf may
+    be read twice.
 
     A target out of range is an error on CPU and a NaN row on CUDA. Class weights and soft targets
     are not built. Keeps the logits and three float32 per row for backward (four with smoothing).
@@ -44,15 +50,11 @@ def cross_entropy(
     >>> cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))
     tensor(1.3863)
     """
+    arguments = logits, targets, reduction, ignore_index, label_smoothing, z_loss, logit_softcap
+    options = {"inplace_backward": inplace_backward, "loss_scale": as_tensor(loss_scale, logits)}
+    if return_predictions:
+        options["with_log_sum_exp"] = return_log_sum_exp
+        loss, log_sum_exp, predictions = _ops.cross_entropy_with_predictions(*arguments, **options)
+        return (loss, log_sum_exp, predictions) if return_log_sum_exp else (loss, predictions)
     op = _ops.cross_entropy_with_log_sum_exp if return_log_sum_exp else _ops.cross_entropy
-    return op(
-        logits,
-        targets,
-        reduction,
-        ignore_index,
-        label_smoothing,
-        z_loss,
-        logit_softcap,
-        inplace_backward=inplace_backward,
-        loss_scale=as_tensor(loss_scale, logits),
-    )
+    return op(*arguments, **options)
