@@ -1,8 +1,9 @@
 """Cross entropy: forward reads the logits; forward + backward reads them twice and writes once,
 over the logits themselves where the caller allows it. With a promised upstream gradient both read
-them once."""
+them once. Predictions come out of the same read; "argmax" is our loss and torch's argmax."""
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from redline import ops
 VOCABULARIES = [32000, 50257, 100352, 128256, 151936, 152064, 201088, 262144]
 SIZES = [*((8192, vocabulary) for vocabulary in VOCABULARIES), (64, 128256)]
 SIZES_CPU = [(4096, 8192), (1024, 32000)]
+PREDICTED = [(8192, 50257), (8192, 128256), (8192, 152064)]
 
 
 def maker(rows, cols, device, dtype):
@@ -51,6 +53,50 @@ def in_place(logits, targets, loss_scale=None):
     return torch.autograd.grad(ops.cross_entropy(Product.apply(leaf), targets, **options), leaf)
 
 
+def with_argmax(call):
+    """argmax first, for what `call` gives may go over the logits."""
+
+    def both(logits, targets):
+        predictions, given = logits.argmax(-1), call(logits, targets)
+        return *(given if isinstance(given, tuple) else (given,)), predictions
+
+    return both
+
+
+def predicted(loss_scale, logits, targets):
+    leaf = logits.detach().requires_grad_()
+    loss, predictions = ops.cross_entropy(
+        Product.apply(leaf),
+        targets,
+        inplace_backward=True,
+        loss_scale=loss_scale,
+        return_predictions=True,
+    )
+    return *torch.autograd.grad(loss, leaf), predictions
+
+
+def predictions_cases(make, shape, dtype, device):
+    """One read of the logits; with a promise one read and one write."""
+    size = dtype.itemsize * math.prod(map(int, shape.split(" x ")))
+    name = {torch.bfloat16: "bf16", torch.float32: "f32"}[dtype]
+    calls = {
+        "redline": functools.partial(ops.cross_entropy, return_predictions=True),
+        "argmax": with_argmax(ops.cross_entropy),
+        "eager": with_argmax(F.cross_entropy),
+        "compile": torch.compile(with_argmax(F.cross_entropy), dynamic=False),
+    }
+    calls = {k: torch.no_grad()(call) for k, call in calls.items()}
+    yield Case("cross_entropy predictions", "fwd", shape, name, size, make, calls)
+    one = torch.ones((), device=device)
+    calls = {
+        "redline": functools.partial(predicted, one),
+        "argmax": with_argmax(functools.partial(in_place, loss_scale=one)),
+        "eager": with_argmax(with_backward(F.cross_entropy)),
+    }
+    title = "cross_entropy promised predictions"
+    yield Case(title, "fwd+bwd", shape, name, 2 * size, make, calls)
+
+
 def cases(device):
     dtype, name = (torch.bfloat16, "bf16") if device == "cuda" else (torch.float32, "f32")
     variants = {
@@ -71,3 +117,5 @@ def cases(device):
         promised = functools.partial(in_place, loss_scale=torch.ones((), device=device))
         calls = {**calls, "redline": promised}
         yield Case("cross_entropy promised", "fwd+bwd", shape, name, 2 * size, make, calls)
+        if device == "cpu" or (rows, cols) in PREDICTED:
+            yield from predictions_cases(make, shape, dtype, device)
