@@ -231,6 +231,29 @@ def test_three_chunks_round_the_weights_gradient_three_times(dtype, reduction, d
     assert_close(ours[1].grad, wide.double(), dtype, roundings=2)
 
 
+@dtypes
+@pytest.mark.parametrize("up", [1.0, 0.3])
+def test_what_was_kept_is_given_away(up, dtype, device):
+    """Unless the graph is kept for another backward, or the dtype differs: the bias's."""
+    tensors, targets = draw((9, 32, 256), dtype, device)
+    leaves, kept, up = leaves_of(tensors), [], torch.tensor(up, device=device)
+
+    def pack(tensor):
+        kept.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = call(leaves, targets, loss_scale=1.0)
+    first = torch.autograd.grad(loss, leaves, up, retain_graph=True)
+    again = torch.autograd.grad(loss, leaves, up, retain_graph=True)
+    last = torch.autograd.grad(loss, leaves, up)
+    contract.equal_bits(first, again)
+    contract.equal_bits(first, last)
+    assert not {grad.data_ptr() for grad in first} & set(kept)
+    given = last if dtype == torch.float32 else last[:2]
+    assert {grad.data_ptr() for grad in last} & set(kept) == {grad.data_ptr() for grad in given}
+
+
 def test_another_upstream_gradient_of_none_is_refused(device):
     tensors, targets = draw((9, 32, 256), torch.float32, device)
     up = torch.ones(9, device=device)

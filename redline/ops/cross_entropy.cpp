@@ -1,8 +1,5 @@
 #include "redline/ops/cross_entropy.h"
 
-#include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <torch/csrc/autograd/graph_task.h>
-
 #include "redline/ops/cross_entropy_inner.h"
 #include "redline/ops/cross_entropy_promise.h"
 #include "redline/ops/registration.h"
@@ -57,13 +54,6 @@ variable_list results_of(const Forward& out, Wanted wanted) {
 }
 
 // --- derivative ---------------------------------------------------------------------------------
-
-// A tensor that stands for a real one: the graph that comes of it decides where gradients live.
-bool is_traced(const Tensor& tensor) {
-  return tensor.key_set().has(c10::DispatchKey::Python) ||
-         tensor.key_set().has(c10::DispatchKey::Functionalize) ||
-         c10::impl::TorchDispatchModeTLS::any_modes_set();
-}
 
 void check_overwritable(const Tensor& logits) {
   if (!logits.requires_grad() || is_traced(logits)) return;
@@ -124,10 +114,8 @@ struct PromisedCrossEntropyFunction {
     TORCH_CHECK(!at::GradMode::is_enabled(), op_name,
                 ": loss_scale: expected a backward without create_graph");
     const variable_list saved = ctx->get_saved_variables();
-    // Given away, unless the graph is kept for another backward.
-    const bool inplace =
-        !is_traced(saved[0]) && !torch::autograd::get_current_graph_task_keep_graph();
-    return {call_fulfil(saved[0], grads[0], saved[1], inplace), Tensor(), Tensor(), Tensor()};
+    return {call_fulfil(saved[0], grads[0], saved[1], is_given_away(saved[0])), Tensor(), Tensor(),
+            Tensor()};
   }
 };
 

@@ -1,6 +1,8 @@
 #include "redline/ops/cross_entropy_promise.h"
 
 #include <ATen/MemoryOverlap.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/graph_task.h>
 
 #include <cmath>
 
@@ -135,19 +137,8 @@ Tensor cross_entropy_fulfil(const Tensor& kept, const Tensor& loss_grad, const T
   return out;
 }
 
-// On CUDA, where nothing is read back, the kernel sees that there is nothing to do.
 void cross_entropy_fulfil_inplace(Tensor& kept, const Tensor& loss_grad, const Tensor& loss_scale) {
-  if (!kept.is_meta()) {
-    const Tensor ratio = kept_ratio(op_name, loss_grad, loss_scale).to(accumulation_type(kept));
-    if (kept.is_cuda()) {
-      const Tensor rows = with_rows(op_name, "logits_grad", kept);
-      run_on_cuda(kept, CrossEntropyRescale{.logits_grad = view_rows(rows), .ratio = view(ratio)});
-      if (!rows.is_same(kept)) kept.copy_(rows);
-    } else if (ratio.item<double>() != 1) {
-      kept.mul_(ratio);
-    }
-  }
-  bump_version(kept);
+  fulfil_inplace(op_name, kept, loss_grad, loss_scale);
 }
 
 void implement(torch::Library& m) {
@@ -188,6 +179,32 @@ Tensor kept_ratio(const char* op, const Tensor& loss_grad, const Tensor& loss_sc
       ": loss_scale: expected the upstream gradient that was promised for every target, not "
       "another; without loss_scale any is right");
   return at::full({}, NAN, loss_grad.options()).masked_fill_(all, 1).view({1});
+}
+
+bool is_traced(const Tensor& tensor) {
+  return tensor.key_set().has(c10::DispatchKey::Python) ||
+         tensor.key_set().has(c10::DispatchKey::Functionalize) ||
+         c10::impl::TorchDispatchModeTLS::any_modes_set();
+}
+
+bool is_given_away(const Tensor& kept) {
+  return !is_traced(kept) && !torch::autograd::get_current_graph_task_keep_graph();
+}
+
+// On CUDA, where nothing is read back, the kernel sees that there is nothing to do.
+void fulfil_inplace(const char* op, Tensor& kept, const Tensor& loss_grad,
+                    const Tensor& loss_scale) {
+  if (!kept.is_meta()) {
+    const Tensor ratio = kept_ratio(op, loss_grad, loss_scale).to(accumulation_type(kept));
+    if (kept.is_cuda()) {
+      const Tensor rows = with_rows(op, "logits_grad", kept);
+      run_on_cuda(kept, CrossEntropyRescale{.logits_grad = view_rows(rows), .ratio = view(ratio)});
+      if (!rows.is_same(kept)) kept.copy_(rows);
+    } else if (ratio.item<double>() != 1) {
+      kept.mul_(ratio);
+    }
+  }
+  bump_version(kept);
 }
 
 CrossEntropyPromised call_promise(Tensor logits, const Tensor& targets,

@@ -17,6 +17,16 @@ at::Tensor mean_divisor(const at::Tensor& targets, int64_t ignore_index, at::Sca
 // they are the same to the bit. Of several numbers all must be.
 at::Tensor kept_ratio(const char* op, const at::Tensor& loss_grad, const at::Tensor& loss_scale);
 
+// Of a tensor that stands for a real one: the graph that comes of it decides where gradients live.
+bool is_traced(const at::Tensor& tensor);
+
+// In a backward: whether what forward kept may become the gradient, for no other backward comes.
+bool is_given_away(const at::Tensor& kept);
+
+// `kept` times that ratio, over itself; where it is 1 nothing is written.
+void fulfil_inplace(const char* op, at::Tensor& kept, const at::Tensor& loss_grad,
+                    const at::Tensor& loss_scale);
+
 struct CrossEntropyPromised {
   at::Tensor statistics;   // as of call_statistics()
   at::Tensor logits_grad;  // under options.loss_scale

@@ -299,11 +299,16 @@ Tensor fulfil(const Tensor& kept, const Tensor& loss_grad, const Tensor& loss_sc
   return out;
 }
 
+void fulfil_over_kept(Tensor& kept, const Tensor& loss_grad, const Tensor& loss_scale) {
+  fulfil_inplace(op_name, kept, loss_grad, loss_scale);
+}
+
 void implement(torch::Library& m) {
   m.impl("fused_linear_cross_entropy_forward", forward);
   m.impl("fused_linear_cross_entropy_backward", backward);
   m.impl("fused_linear_cross_entropy_promise", promise);
   m.impl("fused_linear_cross_entropy_fulfil", fulfil);
+  m.impl("fused_linear_cross_entropy_fulfil_inplace", fulfil_over_kept);
 }
 
 }  // namespace
@@ -341,8 +346,14 @@ std::pair<Tensor, HeadGradients> promised_gradients(const LossHead& head, Wanted
   return {loss, {x, weight, bias}};
 }
 
-Tensor fulfilled_gradient(const Tensor& kept, const Tensor& loss_grad, const Tensor& loss_scale,
+Tensor fulfilled_gradient(Tensor kept, const Tensor& loss_grad, const Tensor& loss_scale,
                           at::ScalarType dtype, const MainGrad& main_grad) {
+  if (!main_grad.buffer && kept.scalar_type() == dtype && is_given_away(kept)) {
+    static const auto inplace =
+        find_op<decltype(fulfil_over_kept)>("redline::fused_linear_cross_entropy_fulfil_inplace");
+    inplace.call(kept, loss_grad, loss_scale);
+    return kept.detach();
+  }
   static const auto op = find_op<decltype(fulfil)>("redline::fused_linear_cross_entropy_fulfil");
   return op.call(kept, loss_grad, loss_scale, dtype, main_grad.buffer, main_grad.accumulate);
 }
@@ -363,11 +374,15 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
   m.def(
       "fused_linear_cross_entropy_fulfil(Tensor kept, Tensor loss_grad, Tensor loss_scale, "
       "ScalarType dtype, Tensor(a!)? main_grad=None, bool accumulate=True) -> Tensor");
+  m.def(
+      "fused_linear_cross_entropy_fulfil_inplace(Tensor(a!) kept, Tensor loss_grad, "
+      "Tensor loss_scale) -> ()");
 }
 
 const Registration registration({
     .inner_ops = {"fused_linear_cross_entropy_forward", "fused_linear_cross_entropy_backward",
-                  "fused_linear_cross_entropy_promise", "fused_linear_cross_entropy_fulfil"},
+                  "fused_linear_cross_entropy_promise", "fused_linear_cross_entropy_fulfil",
+                  "fused_linear_cross_entropy_fulfil_inplace"},
     .inner = implement,
 });
 

@@ -48,8 +48,9 @@ std::pair<at::Tensor, HeadGradients> promised_gradients(const LossHead& head,
                                                         bool with_main_grad);
 
 // What `kept` of promised_gradients becomes under the upstream gradient `loss_grad`: a tensor of
-// `dtype`, or nothing where it went into main_grad.
-at::Tensor fulfilled_gradient(const at::Tensor& kept, const at::Tensor& loss_grad,
+// `dtype`, `kept` itself where it has that and no other backward comes; or nothing where it went
+// into main_grad.
+at::Tensor fulfilled_gradient(at::Tensor kept, const at::Tensor& loss_grad,
                               const at::Tensor& loss_scale, at::ScalarType dtype,
                               const MainGrad& main_grad);
 
