@@ -55,9 +55,10 @@ __device__ __forceinline__ int64_t block_row() {
   return int64_t{blockIdx.y} * grid_rows + blockIdx.x;
 }
 
-// The threads of a row: lanes of a warp, or whole warps of a block.
+// The threads of a row: a warp's, or whole warps of a block.
 template <int Lanes>
 struct RowThreads {
+  static_assert(Lanes == 0 || Lanes == 32);
   static constexpr int most_threads = Lanes == 0 ? 384 : 128;  // of a block
   static constexpr int rows = Lanes == 0 ? 1 : most_threads / Lanes;
   int thread, threads;
@@ -65,10 +66,11 @@ struct RowThreads {
   RowGroup<Lanes, 1> group;
 
   __device__ __forceinline__ explicit RowThreads(float* slots) {
+    const int index = Lanes == 0 ? 0 : static_cast<int>(threadIdx.x / 32);  // of the block's rows
     threads = Lanes == 0 ? static_cast<int>(blockDim.x) : Lanes;
-    thread = static_cast<int>(threadIdx.x) % threads;
-    row = block_row() * rows + static_cast<int>(threadIdx.x) / threads;
-    group = {slots, thread / 32, threads / 32};
+    thread = static_cast<int>(threadIdx.x) - index * threads;
+    row = block_row() * rows + index;
+    group = {slots, static_cast<int>(threadIdx.x / 32), threads / 32};
   }
 };
 
