@@ -8,6 +8,7 @@ list(
   redline/ops/attention.cpp
   redline/ops/fused_linear_cross_entropy.cpp
   redline/ops/gemm.cpp
+  redline/ops/gemm_uneven.cpp
   redline/ops/linear.cpp
   redline/ops/norm_linear.cpp
   redline/ops/norm_mlp.cpp)

@@ -156,6 +156,30 @@ def test_into_a_buffer(case, dtype, buffer_dtype, accumulate, device):
         assert_close(out.cpu(), truth, buffer_dtype, sums=24, what=layout)  # rounded once
 
 
+# (M, N, K), each no whole vectors where the matrices' neighbours lie along it; over the least work.
+@pytest.mark.parametrize("shape", [(257, 521, 1030), (520, 513, 512), (513, 520, 512)], ids=str)
+@dtypes
+@pytest.mark.parametrize("accumulate", [True, False], ids=["adds", "overwrites"])
+def test_uneven_sizes_in_padded_rows(shape, dtype, accumulate, device):
+    """What is over is a product of its own on CUDA; what lies in the padding is left alone."""
+    m, n, k = shape
+
+    def padded(rows, cols, seed, transposed=False):
+        lines, width = (cols, rows) if transposed else (rows, cols)
+        room = torch.full((lines, (width + 63) // 64 * 64), 7.0, dtype=dtype, device=device)
+        view = room[:, :width].copy_(randn(lines, width, dtype=dtype, device=device, seed=seed))
+        return (view.t() if transposed else view), room
+
+    for transposed in (False, True):
+        a, _ = padded(m, k, 0, transposed)
+        b, _ = padded(k, n, 1, not transposed)
+        out, room = padded(m, n, 2)
+        truth = truth_of(a, b) + (out.double().cpu() if accumulate else 0)
+        gemm_into(out, a, b, accumulate=accumulate)
+        assert_close(out.cpu(), truth, dtype, sums=24, roundings=1.1)  # the small part's, once more
+        assert (room[:, n:] == 7).all()
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if not case[0]], ids=str)
 @dtypes
 @pytest.mark.parametrize("buffer_dtype", BUFFERS.values(), ids=BUFFERS)

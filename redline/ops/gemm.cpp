@@ -2,6 +2,7 @@
 #include "redline/ops/gemm.h"
 
 #include "redline/ops/dense.h"
+#include "redline/ops/gemm_uneven.h"
 #include "redline/ops/registration.h"
 #include "redline/ops/run.h"
 
@@ -204,17 +205,26 @@ bool run_library([[maybe_unused]] const GemmOperands& operands) {
   return false;
 }
 
+void product_by_library(const GemmOperands& o) {
+  if (const auto parts = split_uneven(o)) {
+    note_choice("a size is no multiple of 16 bytes: what is over is a product of its own");
+    product_by_library(parts->first);
+    product_by_library(parts->second);
+    return;
+  }
+  if (run_library(o)) return;
+  const GemmOperands product = {.a = o.a, .b = o.b, .out = o.out, .accumulate = o.accumulate};
+  TORCH_CHECK(run_library(product), op_name, ": cuBLASLt has no algorithm for a ", o.a.sizes(),
+              " and b ", o.b.sizes(), " of ", o.a.scalar_type());
+  if (o.bias.defined()) o.out.add_(o.bias);
+  epilogue_by_aten(o);
+}
+
 void gemm_out_by_library(const GemmOperands& operands) {
   // For profiles: some callers are below the dispatcher.
   RECORD_FUNCTION("redline::gemm_out", c10::ArrayRef<const c10::IValue>{});
   const GemmOperands o = as_matrices(operands);
-  if (!run_library(o)) {
-    const GemmOperands product = {.a = o.a, .b = o.b, .out = o.out, .accumulate = o.accumulate};
-    TORCH_CHECK(run_library(product), op_name, ": cuBLASLt has no algorithm for a ", o.a.sizes(),
-                " and b ", o.b.sizes(), " of ", o.a.scalar_type());
-    if (o.bias.defined()) o.out.add_(o.bias);
-    epilogue_by_aten(o);
-  }
+  product_by_library(o);
   if (!o.out.is_same(operands.out)) operands.out.copy_(o.out);
   if (o.epilogue == GemmEpilogue::gelu && !o.pre_activation.is_same(operands.pre_activation)) {
     operands.pre_activation.copy_(o.pre_activation);
