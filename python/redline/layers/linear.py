@@ -95,15 +95,16 @@ class LayerNormLinear(WeightGradient, InputNorm):
 
     def norm_product(self, x, bias, residual=None, first_microbatch=None):
         """forward with another bias than the layer's, or none."""
-        norm, options = self.norm_operands()
+        weight = self.weight  # once: torch.nn.Module looks a parameter up in 0.4 us
         return ops.norm_linear(
             x,
-            *norm,
-            self.weight,
+            self.layer_norm_weight,
+            self.layer_norm_bias,
+            weight,
             bias,
             residual=residual,
             keep_normalized=self.keep_normalized,
             return_norm_output=self.return_layernorm_output,
-            **options,
-            **self.destination(self.weight, first_microbatch),
+            **self.norm_options(),
+            **self.destination(weight, first_microbatch),
         )

@@ -59,17 +59,21 @@ class LayerNormMLP(WeightGradient, InputNorm):
         reset_linear(self.fc2_weight, self.fc2_bias)
 
     def forward(self, x, residual=None, first_microbatch=None):
-        norm, options = self.norm_operands()
-        for name, queue in (("fc1", self.fc1_delayed), ("fc2", self.delayed)):
-            weight = getattr(self, f"{name}_weight")
+        fc1_weight, fc2_weight = self.fc1_weight, self.fc2_weight
+        options = self.norm_options()
+        for name, weight, queue in (
+            ("fc1", fc1_weight, self.fc1_delayed),
+            ("fc2", fc2_weight, self.delayed),
+        ):
             where = self.destination(weight, first_microbatch, queue, f"{name}_weight")
             options |= {f"{name}_{option}": value for option, value in where.items()}
         return ops.norm_mlp(
             x,
-            *norm,
-            self.fc1_weight,
+            self.layer_norm_weight,
+            self.layer_norm_bias,
+            fc1_weight,
             self.fc1_bias,
-            self.fc2_weight,
+            fc2_weight,
             self.fc2_bias,
             residual=residual,
             activation=self.activation,

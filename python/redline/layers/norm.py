@@ -5,6 +5,8 @@ import torch
 
 from redline import ops
 
+KINDS = {"RMSNorm": "rms_norm", "LayerNorm": "layer_norm"}  # in the ops' words
+
 
 def _flatten(x, shape):
     # The ops normalise the last axis; torch's normalized_shape may span several.
@@ -104,7 +106,7 @@ class InputNorm(torch.nn.Module):
 
     def __init__(self, features, normalization, eps, zero_centered, factory):
         super().__init__()
-        if normalization not in ("RMSNorm", "LayerNorm"):
+        if normalization not in KINDS:
             raise ValueError(
                 f"{type(self).__name__}: normalization: "
                 f"expected RMSNorm or LayerNorm, not {normalization}"
@@ -123,8 +125,7 @@ class InputNorm(torch.nn.Module):
         if self.layer_norm_bias is not None:
             torch.nn.init.zeros_(self.layer_norm_bias)
 
-    def norm_operands(self):
-        """norm_linear's and norm_mlp's: the parameters by place, and what says which norm."""
-        kind = {"RMSNorm": "rms_norm", "LayerNorm": "layer_norm"}[self.normalization]
-        options = {"norm": kind, "epsilon": self.eps, "zero_centered": self.zero_centered}
-        return (self.layer_norm_weight, self.layer_norm_bias), options
+    def norm_options(self):
+        """norm_linear's and norm_mlp's, which say what norm."""
+        kind = KINDS[self.normalization]
+        return {"norm": kind, "epsilon": self.eps, "zero_centered": self.zero_centered}

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 import redline._library  # noqa: F401  (registers the ops)
+from redline.ops._options import stated
 
 _ops = torch.ops.redline
 
@@ -42,14 +43,9 @@ def attention(
     other bits in every run unless `deterministic`. Everything else runs a slow reference path that
     holds the scores in float32. Dropout is not built.
     """
-    window = None if window is None else list(window)
-    out, log_sum_exp, max_logit = _ops.attention(
-        q,
-        k,
-        v,
+    options = stated(
         causal=causal,
         scale=scale,
-        window=window,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         cu_seqlens_q_padded=cu_seqlens_q_padded,
@@ -58,11 +54,13 @@ def attention(
         max_seqlen_k=max_seqlen_k,
         sink=sink,
         softcap=softcap,
-        dropout=dropout,
         rng_state=rng_state,
         deterministic=deterministic,
         return_log_sum_exp=return_log_sum_exp,
         return_max_logit=return_max_logit,
+        window=None if window is None else list(window),
+        dropout=dropout or None,
     )
+    out, log_sum_exp, max_logit = _ops.attention(q, k, v, **options)
     extra = (log_sum_exp,) * return_log_sum_exp + (max_logit,) * return_max_logit
     return (out, *extra) if extra else out

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 import redline._library  # noqa: F401  (registers the ops)
+from redline.ops._options import weight_gradient
 
 _ops = torch.ops.redline
 
@@ -35,11 +36,6 @@ class WeightGradientQueue:
         return WeightGradientQueue, ()
 
 
-def queue_of(delayed: WeightGradientQueue | None):
-    """What the ops take."""
-    return None if delayed is None else delayed.queue
-
-
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -68,14 +64,7 @@ def linear(
     >>> linear(torch.ones(1, 2), torch.tensor([[1.0, 2.0]]), torch.tensor([0.5]))
     tensor([[3.5000]])
     """
-    return _ops.linear(
-        x,
-        weight,
-        bias,
-        main_grad=main_grad,
-        accumulate=accumulate,
-        dummy_grad=dummy_grad,
-        delayed=queue_of(delayed),
-        tp_group=tp_group,
-        sequence_parallel=sequence_parallel,
-    )
+    options = weight_gradient(main_grad, accumulate, dummy_grad, delayed)
+    if tp_group is not None or sequence_parallel:
+        options |= {"tp_group": tp_group, "sequence_parallel": sequence_parallel}
+    return _ops.linear(x, weight, bias, **options)

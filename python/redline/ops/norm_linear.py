@@ -5,15 +5,16 @@ import torch
 from torch import Tensor
 
 import redline._library  # noqa: F401  (registers the ops)
-from redline.ops.linear import WeightGradientQueue, queue_of
+from redline.ops._options import stated, weight_gradient
+from redline.ops.linear import WeightGradientQueue
 
 _ops = torch.ops.redline
 
 
-def _given(*outputs: Tensor | None):
-    """Those outputs that there are: a tuple, or the only one."""
-    there = tuple(output for output in outputs if output is not None)
-    return there if len(there) > 1 else there[0]
+def _given(y: Tensor, *others: Tensor | None):
+    """y, and behind it those of the others that there are."""
+    there = [other for other in others if other is not None]
+    return (y, *there) if there else y
 
 
 def norm_linear(
@@ -57,18 +58,17 @@ def norm_linear(
             norm_bias,
             weight,
             bias,
-            residual=residual,
             norm=norm,
             epsilon=epsilon,
-            zero_centered=zero_centered,
-            keep_normalized=keep_normalized,
-            return_norm_output=return_norm_output,
-            main_grad=main_grad,
-            accumulate=accumulate,
-            dummy_grad=dummy_grad,
-            delayed=queue_of(delayed),
-            tp_group=tp_group,
-            sequence_parallel=sequence_parallel,
+            **stated(
+                residual=residual,
+                zero_centered=zero_centered,
+                keep_normalized=keep_normalized,
+                return_norm_output=return_norm_output,
+                tp_group=tp_group,
+                sequence_parallel=sequence_parallel,
+            ),
+            **weight_gradient(main_grad, accumulate, dummy_grad, delayed),
         )
     )
 
@@ -114,20 +114,16 @@ def norm_mlp(
     return _given(
         *_ops.norm_mlp(
             *tensors,
-            residual=residual,
             norm=norm,
             epsilon=epsilon,
-            zero_centered=zero_centered,
             activation=activation,
-            fc1_main_grad=fc1_main_grad,
-            fc1_accumulate=fc1_accumulate,
-            fc1_dummy_grad=fc1_dummy_grad,
-            fc1_delayed=queue_of(fc1_delayed),
-            fc2_main_grad=fc2_main_grad,
-            fc2_accumulate=fc2_accumulate,
-            fc2_dummy_grad=fc2_dummy_grad,
-            fc2_delayed=queue_of(fc2_delayed),
-            tp_group=tp_group,
-            sequence_parallel=sequence_parallel,
+            **stated(
+                residual=residual,
+                zero_centered=zero_centered,
+                tp_group=tp_group,
+                sequence_parallel=sequence_parallel,
+            ),
+            **weight_gradient(fc1_main_grad, fc1_accumulate, fc1_dummy_grad, fc1_delayed, "fc1_"),
+            **weight_gradient(fc2_main_grad, fc2_accumulate, fc2_dummy_grad, fc2_delayed, "fc2_"),
         )
     )
