@@ -25,7 +25,7 @@ void check_input(const Tensor& x) {
 
 Tensor activation_forward(const Tensor& x, const OptionalTensor& bias, std::string_view kind) {
   check_input(x);
-  check_devices(op_name, x, {{"bias", value(bias)}});
+  check_devices(op_name, x, {{"bias", bias}});
   const Activation activation = activation_from(kind);
   Tensor y = at::empty_like(x, at::MemoryFormat::Contiguous);
   if (x.is_meta()) return y;
@@ -53,7 +53,7 @@ struct BackwardOutputs {
 BackwardOutputs backward(const Tensor& y_grad, const Tensor& x, const OptionalTensor& bias,
                          std::string_view kind, Needs needs) {
   check_input(x);
-  check_devices(op_name, x, {{"y_grad", y_grad}, {"bias", value(bias)}});
+  check_devices(op_name, x, {{"y_grad", y_grad}, {"bias", bias}});
   const Activation activation = activation_from(kind);
   Tensor x_grad = at::empty_like(x, at::MemoryFormat::Contiguous);
   Tensor bias_grad = empty_gradient(op_name, "bias", bias, needs.bias, x);

@@ -66,9 +66,9 @@ void check_arguments(const AdamWLists& lists, const AdamWScalars& scalars) {
   }
   check_devices(op_name, lists.parameters[0],
                 {{"learning_rate", scalars.learning_rate},
-                 {"clip_coefficient", value(scalars.clip_coefficient)},
-                 {"grad_scale", value(scalars.grad_scale)},
-                 {"found_inf", value(scalars.found_inf)}});
+                 {"clip_coefficient", scalars.clip_coefficient},
+                 {"grad_scale", scalars.grad_scale},
+                 {"found_inf", scalars.found_inf}});
 }
 
 std::vector<AdamWTensor> flat_tensors(const AdamWLists& lists, DenseTensors& dense) {

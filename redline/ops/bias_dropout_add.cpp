@@ -25,7 +25,7 @@ void check_inputs(const Tensor& x, const OptionalTensor& bias, const Tensor& res
   TORCH_CHECK(x.dim() >= 1, op_name, ": x: expected at least one dimension, not a scalar");
   TORCH_CHECK(at::isFloatingType(x.scalar_type()), op_name, ": x: expected a floating dtype, not ",
               x.scalar_type());
-  check_devices(op_name, x, {{"bias", value(bias)}, {"residual", residual}});
+  check_devices(op_name, x, {{"bias", bias}, {"residual", residual}});
   TORCH_CHECK(residual.sym_sizes() == x.sym_sizes(), op_name, ": residual: expected ",
               x.sym_sizes(), ", not ", residual.sym_sizes());
 }
@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward(const Tensor& y_grad, const
                                                      at::ScalarType x_dtype, double probability,
                                                      bool needs_bias) {
   check_probability(probability);
-  check_devices(op_name, y_grad, {{"rng_state", rng_state}, {"bias", value(bias)}});
+  check_devices(op_name, y_grad, {{"rng_state", rng_state}, {"bias", bias}});
   TORCH_CHECK(y_grad.dim() >= 1, op_name,
               ": y_grad: expected at least one dimension, not a scalar");
   Tensor x_grad =

@@ -43,10 +43,10 @@ void check_input(const char* tensor, const Tensor& x) {
 void check_inputs(const Tensor& x, const OptionalTensor& linear, const Options& options) {
   check_input(linear ? "gate" : "x", x);
   check_devices(op_name, x,
-                {{"linear", value(linear)},
-                 {"bias", value(options.bias)},
-                 {"row_scale", value(options.row_scale)},
-                 {"row_count", value(options.row_count)}});
+                {{"linear", linear},
+                 {"bias", options.bias},
+                 {"row_scale", options.row_scale},
+                 {"row_count", options.row_count}});
   if (linear) {
     TORCH_CHECK(linear->sym_sizes() == x.sym_sizes(), op_name, ": linear: expected ", x.sym_sizes(),
                 ", not ", linear->sym_sizes());

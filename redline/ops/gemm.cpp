@@ -282,7 +282,7 @@ void gemm_into_kernel(const Tensor& out, const Tensor& a, const Tensor& b, bool 
               out.sym_sizes());
   TORCH_CHECK(at::isFloatingType(out.scalar_type()), op_name,
               ": out: expected a floating dtype, not ", out.scalar_type());
-  check_devices(op_name, a, {{"out", out}, {"bias_grad", value(bias_grad)}});
+  check_devices(op_name, a, {{"out", out}, {"bias_grad", bias_grad}});
   if (bias_grad) {
     TORCH_CHECK(a.dim() == 2 && bias_grad->dim() == 1 && bias_grad->sym_size(0) == a.sym_size(0),
                 op_name, ": bias_grad: expected [M] beside a [M, K] ", a.sym_sizes(), ", not ",

@@ -131,7 +131,7 @@ void check_weight(const ProductNames& names, const Tensor& x, at::ScalarType dty
               weight.dim());
   TORCH_CHECK(weight.scalar_type() == dtype, op, ": ", weight_name, ": expected ", dtype,
               " as x has, not ", weight.scalar_type());
-  check_devices(op, x, {{weight_name, weight}, {bias_name, value(bias)}});
+  check_devices(op, x, {{weight_name, weight}, {bias_name, bias}});
   if (!bias) return;
   TORCH_CHECK(bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), op, ": ", bias_name,
               ": expected [", weight.sym_size(0), "], not ", bias->sym_sizes());

@@ -26,10 +26,10 @@ NormOutputs forward(const Tensor& x, const NormInputs& in) {
   const char* op = name(in.norm);
   check_input(in.norm, x);
   check_devices(op, x,
-                {{"residual", value(in.residual)},
-                 {"weight", value(in.weight)},
-                 {"bias", value(in.bias)},
-                 {"row_count", value(in.row_count)}});
+                {{"residual", in.residual},
+                 {"weight", in.weight},
+                 {"bias", in.bias},
+                 {"row_count", in.row_count}});
   if (in.residual) {
     TORCH_CHECK(in.residual->sym_sizes() == x.sym_sizes(), op, ": residual: expected ",
                 x.sym_sizes(), ", not ", in.residual->sym_sizes());
@@ -79,8 +79,7 @@ Tensor partial_sums(const Tensor& x, int64_t chunks, bool needed) {
 NormGradients backward(const Tensor& y_grad, const Tensor& x, const NormBackwardInputs& in) {
   const char* op = name(in.norm);
   check_input(in.norm, x);
-  check_devices(
-      op, x, {{"y_grad", y_grad}, {"weight", value(in.weight)}, {"sum_grad", value(in.sum_grad)}});
+  check_devices(op, x, {{"y_grad", y_grad}, {"weight", in.weight}, {"sum_grad", in.sum_grad}});
   NormGradients out;
   out.x = at::empty_like(x, at::MemoryFormat::Contiguous);
   out.weight = empty_gradient(op, "weight", in.weight, in.needs_weight, x);
@@ -194,8 +193,7 @@ Tensor rebuild(const Tensor& x, const OptionalTensor& weight, const OptionalTens
                at::ScalarType dtype) {
   const Norm norm = mean ? Norm::layer : Norm::rms;
   check_input(norm, x);
-  check_devices(name(norm), x,
-                {{"weight", value(weight)}, {"bias", value(bias)}, {"inverse_std", inverse_std}});
+  check_devices(name(norm), x, {{"weight", weight}, {"bias", bias}, {"inverse_std", inverse_std}});
   const Tensor y = at::empty_like(x, x.options().dtype(dtype), at::MemoryFormat::Contiguous);
   if (x.is_meta()) return y;
   const char* op = name(norm);

@@ -43,10 +43,9 @@ void check_norm_part(const char* op, const Tensor& x, const OptionalTensor& resi
   check_parameter(op, "norm_bias", parameters.bias, x);
   TORCH_CHECK(norm == Norm::layer || !parameters.bias, op,
               ": norm_bias: expected none beside rms_norm");
-  check_devices(op, x,
-                {{"residual", value(residual)},
-                 {"norm_weight", value(parameters.weight)},
-                 {"norm_bias", value(parameters.bias)}});
+  check_devices(
+      op, x,
+      {{"residual", residual}, {"norm_weight", parameters.weight}, {"norm_bias", parameters.bias}});
   if (!residual) return;
   TORCH_CHECK(residual->sym_sizes() == x.sym_sizes(), op, ": residual: expected ", x.sym_sizes(),
               ", not ", residual->sym_sizes());

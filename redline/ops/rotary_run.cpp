@@ -35,8 +35,8 @@ void check_inputs(const Tensor& x, const RotaryInputs& in) {
   check_devices(in.op(), x,
                 {{"cos", in.cos},
                  {"sin", in.sin},
-                 {"positions", value(in.positions)},
-                 {"cu_seqlens", value(in.cu_seqlens)}});
+                 {"positions", in.positions},
+                 {"cu_seqlens", in.cu_seqlens}});
 }
 
 // [outer, inner, heads, head_dim] of x or y: packed heads taken apart, thd under an outer of 1.

@@ -41,10 +41,10 @@ void report_ranges(Watcher& watcher, int64_t count, int64_t grain, const char* u
 }
 
 void check_devices(const char* op, const at::Tensor& first,
-                   std::initializer_list<std::pair<const char*, at::Tensor>> others) {
+                   std::initializer_list<NamedTensor> others) {
   for (const auto& [name, tensor] : others) {
-    TORCH_CHECK(!tensor.defined() || tensor.device() == first.device(), op, ": ", name,
-                ": expected a tensor on ", first.device(), ", not on ", tensor.device());
+    TORCH_CHECK(!tensor || tensor->device() == first.device(), op, ": ", name,
+                ": expected a tensor on ", first.device(), ", not on ", tensor->device());
   }
 }
 

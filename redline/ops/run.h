@@ -44,9 +44,20 @@ inline at::Tensor empty_gradient(const char* op, const char* name,
   return at::empty_like(*parameter, at::MemoryFormat::Contiguous);
 }
 
-// Every tensor on one device, or one sentence. Undefined ones are skipped.
+// A tensor, if there is one, and what messages call it. For the length of an expression.
+struct NamedTensor {
+  NamedTensor(const char* name, const at::Tensor& tensor)
+      : name(name), tensor(tensor.defined() ? &tensor : nullptr) {}
+  NamedTensor(const char* name, const std::optional<at::Tensor>& tensor)
+      : name(name), tensor(tensor && tensor->defined() ? &*tensor : nullptr) {}
+
+  const char* name;
+  const at::Tensor* tensor;
+};
+
+// Every tensor on one device, or one sentence.
 void check_devices(const char* op, const at::Tensor& first,
-                   std::initializer_list<std::pair<const char*, at::Tensor>> others);
+                   std::initializer_list<NamedTensor> others);
 
 // Rows per task, so that a task moves about 256 KB: a function of the shape alone.
 inline int64_t rows_per_task(int64_t cols) { return std::max<int64_t>(1, 65536 / (cols + 1)); }

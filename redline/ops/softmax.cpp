@@ -25,7 +25,7 @@ void check_inputs(const Tensor& scores, const OptionalTensor& mask, const Option
               ": scores: expected at least one dimension, not a scalar");
   TORCH_CHECK(at::isFloatingType(scores.scalar_type()), op_name,
               ": scores: expected a floating dtype, not ", scores.scalar_type());
-  check_devices(op_name, scores, {{"mask", value(mask)}, {"sink", value(sink)}});
+  check_devices(op_name, scores, {{"mask", mask}, {"sink", sink}});
   TORCH_CHECK(!window || *window >= 1, op_name, ": window: expected 1 or more keys, not ",
               window.value_or(0));
   if (mask) {
