@@ -78,10 +78,6 @@ Halves halves(const Tensor& x, const Tensor& linear) {
   return {gate, second};
 }
 
-TensorView view_vector(const OptionalTensor& tensor) {
-  return tensor ? view(tensor->reshape({-1})) : TensorView{};
-}
-
 Tensor forward(const Tensor& x, const OptionalTensor& linear, const Options& options) {
   const GatedActivationKind kind = kind_from(options);
   check_inputs(x, linear, options);
@@ -157,7 +153,7 @@ Gradients backward(const Tensor& y_grad, const Tensor& x, const OptionalTensor& 
       .row_count = view(options.row_count),
       .gate_grad = gate_grad,
       .linear_grad = linear_grad,
-      .row_scale_grad = needs.row_scale ? view(out.row_scale.view({-1})) : TensorView{},
+      .row_scale_grad = needs.row_scale ? view_vector(out.row_scale) : TensorView{},
       .row_parts = view(parts),
       .bias_grad = column_sums(partial, out.bias),
       .y = view_rows(out.y)};

@@ -51,8 +51,8 @@ NormOutputs forward(const Tensor& x, const NormInputs& in) {
                          .bias = view(bias),
                          .y = view_rows(out.y),
                          .sum = in.residual ? view_rows(out.sum) : TensorView{},
-                         .mean = out.mean.defined() ? view(out.mean.view({-1})) : TensorView{},
-                         .inverse_std = view(out.inverse_std.reshape({-1})),
+                         .mean = view_vector(optional(out.mean)),
+                         .inverse_std = view_vector(out.inverse_std),
                          .row_count = view(in.row_count),
                          .quantized = {},
                          .epsilon = in.epsilon,
@@ -88,8 +88,10 @@ NormGradients backward(const Tensor& y_grad, const Tensor& x, const NormBackward
     out.y = at::empty_like(x, x.options().dtype(y_grad.dtype()), at::MemoryFormat::Contiguous);
   }
   if (x.is_meta()) return out;
-  const Tensor x_rows = with_rows(op, "x", x), y_grad_rows = with_rows(op, "y_grad", y_grad);
+  const Tensor x_rows = with_rows(op, "x", x), y_grad_rows = with_rows(op, "y_grad", y_grad),
+               inverse_std = contiguous(op, "inverse_std", in.inverse_std);
   const OptionalTensor weight = contiguous(op, "weight", in.weight),
+                       mean = contiguous(op, "mean", optional(in.mean)),
                        sum_grad = with_rows(op, "sum_grad", in.sum_grad),
                        bias = in.needs_y ? contiguous(op, "bias", in.bias) : std::nullopt;
   const int64_t chunks = chunk_count(y_grad, view_rows(y_grad_rows));
@@ -99,8 +101,8 @@ NormGradients backward(const Tensor& y_grad, const Tensor& x, const NormBackward
                           .y_grad = view_rows(y_grad_rows),
                           .x = view_rows(x_rows),
                           .weight = view(weight),
-                          .mean = in.mean.defined() ? view(in.mean.view({-1})) : TensorView{},
-                          .inverse_std = view(in.inverse_std.view({-1})),
+                          .mean = view_vector(mean),
+                          .inverse_std = view_vector(inverse_std),
                           .sum_grad = view_rows(sum_grad),
                           .row_count = view(in.row_count),
                           .x_grad = view_rows(out.x),
@@ -197,9 +199,11 @@ Tensor rebuild(const Tensor& x, const OptionalTensor& weight, const OptionalTens
   const Tensor y = at::empty_like(x, x.options().dtype(dtype), at::MemoryFormat::Contiguous);
   if (x.is_meta()) return y;
   const char* op = name(norm);
-  const Tensor x_rows = with_rows(op, "x", x);
+  const Tensor x_rows = with_rows(op, "x", x),
+               rows_inverse_std = contiguous(op, "inverse_std", inverse_std);
   const OptionalTensor weight_vector = contiguous(op, "weight", weight),
-                       bias_vector = contiguous(op, "bias", bias);
+                       bias_vector = contiguous(op, "bias", bias),
+                       rows_mean = contiguous(op, "mean", mean);
   const NormForward args{.norm = norm,
                          .x = view_rows(x_rows),
                          .residual = {},
@@ -207,8 +211,8 @@ Tensor rebuild(const Tensor& x, const OptionalTensor& weight, const OptionalTens
                          .bias = view(bias_vector),
                          .y = view_rows(y),
                          .sum = {},
-                         .mean = mean ? view(mean->reshape({-1})) : TensorView{},
-                         .inverse_std = view(inverse_std.reshape({-1})),
+                         .mean = view_vector(rows_mean),
+                         .inverse_std = view_vector(rows_inverse_std),
                          .row_count = {},
                          .quantized = {},
                          .zero_centered = zero_centered,

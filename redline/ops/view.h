@@ -91,7 +91,7 @@ inline TensorView view_rows(const std::optional<at::Tensor>& tensor) {
   return tensor ? view_rows(*tensor) : TensorView{};
 }
 
-// A contiguous tensor as one row of all its elements.
+// A contiguous tensor as one row of all its elements, or as a vector of them.
 inline TensorView view_flat(const at::Tensor& tensor) {
   TensorView result;
   result.data = tensor.data_ptr();
@@ -103,6 +103,21 @@ inline TensorView view_flat(const at::Tensor& tensor) {
   result.strides[0] = tensor.numel();
   result.strides[1] = 1;
   return result;
+}
+
+inline TensorView view_vector(const at::Tensor& tensor) {
+  TensorView result;
+  result.data = tensor.data_ptr();
+  result.dtype = dtype_from(tensor.scalar_type());
+  result.rank = 1;
+  result.present = true;
+  result.sizes[0] = tensor.numel();
+  result.strides[0] = 1;
+  return result;
+}
+
+inline TensorView view_vector(const std::optional<at::Tensor>& tensor) {
+  return tensor ? view_vector(*tensor) : TensorView{};
 }
 
 // Tells a watcher of a copy that another layout would spare.
