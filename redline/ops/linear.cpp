@@ -162,20 +162,24 @@ void check_one_rank(const char* op, const std::optional<std::string>& tp_group,
 }
 
 Tensor rows_of(const Tensor& tensor) {
+  if (tensor.dim() == 2) return tensor;
   return tensor.dim() == 1 ? tensor.unsqueeze(0) : tensor.flatten(0, -2);
 }
 
 Tensor product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   const Tensor y = gemm(rows_of(x), weight.t(), {.bias = bias});
+  if (x.dim() == 2) return y;
   c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
   sizes.back() = weight.sym_size(0);
   return at::_unsafe_view_symint(y, sizes);
 }
 
 Tensor product_input_grad(const Tensor& y_grad, const Tensor& weight) {
+  const Tensor x_grad = gemm(rows_of(y_grad), weight);
+  if (y_grad.dim() == 2) return x_grad;
   c10::SymDimVector sizes(y_grad.sym_sizes().begin(), y_grad.sym_sizes().end());
   sizes.back() = weight.sym_size(1);
-  return gemm(rows_of(y_grad), weight).reshape_symint(sizes);
+  return x_grad.reshape_symint(sizes);
 }
 
 Tensor product_weight_grad(const Tensor& y_grad, const Tensor& x,
