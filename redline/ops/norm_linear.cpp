@@ -30,6 +30,8 @@ void check_inputs(const Tensor& x, const NormParameters& norm, const Tensor& wei
 // --- derivative ---------------------------------------------------------------------------------
 
 struct NormLinearFunction {
+  static constexpr int has_bias_bit = 0, returns_normalized_bit = 1;
+
   // Returns y, then the sum with a residual, then the normalised input where it is asked for.
   static variable_list forward(AutogradContext* ctx, const Tensor& x,
                                const OptionalTensor& residual, const OptionalTensor& norm_weight,
@@ -44,9 +46,10 @@ struct NormLinearFunction {
     saved.push_back(norm.trained() ? weight : Tensor());
     saved.push_back(trained && keep ? normed.normalized : Tensor());
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["norm"] = norm.packed();
-    ctx->saved_data["has_bias"] = bias.has_value();
-    ctx->saved_data["returns_normalized"] = options.return_norm_output;
+    NormPart::Packed packed = norm.packed();
+    packed.set(has_bias_bit, bias.has_value());
+    packed.set(returns_normalized_bit, options.return_norm_output);
+    ctx->saved_data["node"] = packed.value;
     if (trained) save_weight_gradient(ctx, "weight", options.weight_gradient);
     ctx->set_materialize_grads(false);
     variable_list out = {product(normed.normalized, weight, bias)};
@@ -57,19 +60,20 @@ struct NormLinearFunction {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const NormPart norm(ctx->saved_data["norm"].toInt());
+    const NormPart::Packed packed(ctx->saved_data["node"].toInt());
+    const NormPart norm(packed);
     const NormKept kept = NormKept::from(saved);
     const Tensor &weight = saved[NormKept::count], &y_grad = grads[0];
     Edges edges(ctx);
     const NormPart::Needs needs = norm.needs(edges);
     const bool needs_weight = edges.next();
-    const bool needs_bias = edges.next(ctx->saved_data["has_bias"].toBool());
+    const bool needs_bias = edges.next(packed.has(has_bias_bit));
     Tensor normalized_grad, weight_grad, bias_grad;
     if (y_grad.defined()) {
       if (needs_bias) bias_grad = rows_of(y_grad).sum(at::IntArrayRef{0});
       if (needs.any()) normalized_grad = product_input_grad(y_grad, weight);
     }
-    if (ctx->saved_data["returns_normalized"].toBool() && grads.back().defined()) {
+    if (packed.has(returns_normalized_bit) && grads.back().defined()) {
       normalized_grad =
           normalized_grad.defined() ? normalized_grad + grads.back() : Tensor(grads.back());
     }

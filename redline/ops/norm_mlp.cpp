@@ -48,14 +48,16 @@ struct Node {
   bool has_fc1_bias, has_fc2_bias;
 
   void save(AutogradContext* ctx) const {
-    ctx->saved_data["norm"] = norm.packed();
+    NormPart::Packed packed = norm.packed();
+    packed.set(0, has_fc1_bias);
+    packed.set(1, has_fc2_bias);
+    ctx->saved_data["node"] = packed.value;
     ctx->saved_data["activation"] = activation;
-    ctx->saved_data["has_fc1_bias"] = has_fc1_bias;
-    ctx->saved_data["has_fc2_bias"] = has_fc2_bias;
   }
   static Node from(AutogradContext* ctx) {
-    return {NormPart(ctx->saved_data["norm"].toInt()), ctx->saved_data["activation"].toStringRef(),
-            ctx->saved_data["has_fc1_bias"].toBool(), ctx->saved_data["has_fc2_bias"].toBool()};
+    const NormPart::Packed packed(ctx->saved_data["node"].toInt());
+    return {NormPart(packed), ctx->saved_data["activation"].toStringRef(), packed.has(0),
+            packed.has(1)};
   }
 };
 

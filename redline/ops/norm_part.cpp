@@ -71,18 +71,19 @@ NormPart::NormPart(const Tensor& x, const OptionalTensor& residual,
 }
 
 // Five bits, then a byte for each dtype.
-NormPart::NormPart(int64_t packed)
-    : norm_(packed & 1 ? Norm::layer : Norm::rms),
-      zero_centered_(packed & 2),
-      has_residual_(packed & 4),
-      has_weight_(packed & 8),
-      has_bias_(packed & 16),
-      x_dtype_(static_cast<at::ScalarType>(packed >> 8 & 255)),
-      dtype_(static_cast<at::ScalarType>(packed >> 16 & 255)) {}
+NormPart::NormPart(Packed packed)
+    : norm_(packed.value & 1 ? Norm::layer : Norm::rms),
+      zero_centered_(packed.value & 2),
+      has_residual_(packed.value & 4),
+      has_weight_(packed.value & 8),
+      has_bias_(packed.value & 16),
+      x_dtype_(static_cast<at::ScalarType>(packed.value >> 8 & 255)),
+      dtype_(static_cast<at::ScalarType>(packed.value >> 16 & 255)) {}
 
-int64_t NormPart::packed() const {
-  return (norm_ == Norm::layer) | zero_centered_ << 1 | has_residual_ << 2 | has_weight_ << 3 |
-         has_bias_ << 4 | static_cast<int64_t>(x_dtype_) << 8 | static_cast<int64_t>(dtype_) << 16;
+NormPart::Packed NormPart::packed() const {
+  return Packed((norm_ == Norm::layer) | zero_centered_ << 1 | has_residual_ << 2 |
+                has_weight_ << 3 | has_bias_ << 4 | static_cast<int64_t>(x_dtype_) << 8 |
+                static_cast<int64_t>(dtype_) << 16);
 }
 
 NormPart::Output NormPart::forward(const Tensor& x, const OptionalTensor& residual,
