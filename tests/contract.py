@@ -189,6 +189,15 @@ def refuses_double_backward(op, inputs):
         torch.autograd.grad(grads[0].sum(), leaves)
 
 
+def refuses_a_tangent_in_backward(op, inputs):
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    out = first(op(*leaves))
+    with torch.autograd.forward_ad.dual_level():
+        upstream = torch.autograd.forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out))
+        with pytest.raises(RuntimeError, match="forward AD"):
+            torch.autograd.grad(out, leaves, upstream)
+
+
 def captures(op, inputs, backward=True):
     """A CUDA graph of forward and backward replays to the same bits on new data."""
     static = [tensor.clone() for tensor in inputs]

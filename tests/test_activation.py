@@ -129,6 +129,7 @@ def test_tracing(device):
     contract.runs_in_inference_mode(ops.activation, given)
     contract.refuses_vmap(ops.activation, given)
     contract.refuses_double_backward(ops.activation, given)
+    contract.refuses_a_tangent_in_backward(ops.activation, given)
     if device == "cuda":
         contract.captures(ops.activation, given)
         contract.agrees_on_side_stream(ops.activation, given)

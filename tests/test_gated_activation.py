@@ -222,6 +222,7 @@ def test_tracing(device):
         contract.runs_in_inference_mode(function, given)
         contract.refuses_vmap(function, given)
         contract.refuses_double_backward(function, given)
+        contract.refuses_a_tangent_in_backward(function, given)
         if device == "cuda":
             contract.captures(function, given)
             contract.agrees_on_side_stream(function, given)

@@ -258,6 +258,7 @@ def test_tracing(norm, device):
     contract.runs_in_inference_mode(function, inputs)
     contract.refuses_vmap(function, inputs)
     contract.refuses_double_backward(function, inputs)
+    contract.refuses_a_tangent_in_backward(function, inputs)
     if device == "cuda":
         contract.captures(function, inputs)
         contract.agrees_on_side_stream(function, inputs)

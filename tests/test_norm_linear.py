@@ -362,6 +362,7 @@ def test_compiles_and_exports(norm, device):
     contract.compiles_dynamic(call, [x, residual])
     contract.exports(call, [x, residual])
     contract.refuses_double_backward(call, [x, residual])
+    contract.refuses_a_tangent_in_backward(call, [x, residual])
     if norm == "layer_norm":
         plain = [x, *rest]
         contract.runs_under_compiled_autograd(

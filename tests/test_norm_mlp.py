@@ -356,6 +356,7 @@ def test_compiles_and_exports(kind, device):
     contract.compiles_dynamic(step, [x, residual])
     contract.exports(step, [x, residual])
     contract.refuses_double_backward(step, [x, residual])
+    contract.refuses_a_tangent_in_backward(step, [x, residual])
     plain = [x, *(tensor for tensor in rest if tensor is not None)]
     contract.runs_under_compiled_autograd(
         lambda x, g, *given: ops.norm_mlp(x, g, None, *given, activation=kind), plain

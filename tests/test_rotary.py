@@ -379,11 +379,12 @@ def test_autocast_follows_the_tensors(device):
         assert ops.rotary(x.bfloat16(), cos, sin).dtype == torch.bfloat16
 
 
-def test_refuses_vmap_and_double_backward(device):
+def test_refuses_vmap_and_second_derivatives(device):
     cos, sin = tables(5, 16, device)
     x = randn(2, 5, 3, 16, dtype=torch.float32, device=device)
     contract.refuses_vmap(lambda x: ops.rotary(x, cos, sin), [x])
     contract.refuses_double_backward(lambda x: ops.rotary(x, cos, sin).square(), [x])
+    contract.refuses_a_tangent_in_backward(lambda x: ops.rotary(x, cos, sin), [x])
 
 
 def test_graphs_and_streams(device):

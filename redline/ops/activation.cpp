@@ -1,6 +1,7 @@
 #include "redline/ops/activation.h"
 
 #include "redline/kernels/activation.h"
+#include "redline/ops/below_autograd.h"
 #include "redline/ops/column_sums.h"
 #include "redline/ops/registration.h"
 #include "redline/ops/strict.h"
@@ -120,6 +121,7 @@ struct ActivationFunction {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = find_op<decltype(activation_backward)>("redline::activation_backward");
     const variable_list saved = ctx->get_saved_variables();
+    const BelowAutograd below(grads);
     const bool needs_bias = saved[1].defined() && ctx->needs_input_grad(1);
     const auto [x_grad, bias_grad] = op.call(grads[0], saved[0], optional(saved[1]),
                                              ctx->saved_data["kind"].toStringRef(), needs_bias);

@@ -1,6 +1,7 @@
 #include "redline/ops/bias_dropout_add.h"
 
 #include "redline/kernels/bias_dropout_add.h"
+#include "redline/ops/below_autograd.h"
 #include "redline/ops/column_sums.h"
 #include "redline/ops/philox.h"
 #include "redline/ops/registration.h"
@@ -120,6 +121,7 @@ struct BiasDropoutAddFunction {
     static const auto op =
         find_op<decltype(bias_dropout_add_backward)>("redline::bias_dropout_add_backward");
     const variable_list saved = ctx->get_saved_variables();
+    const BelowAutograd below(grads);
     const Tensor &y_grad = grads[0], &bias = saved[1];
     const auto x_dtype = ctx->saved_data["x_dtype"].toScalarType();
     const bool needs_bias = bias.defined() && ctx->needs_input_grad(1);

@@ -1,6 +1,7 @@
 #include "redline/ops/gated_activation.h"
 
 #include "redline/kernels/gated_activation.h"
+#include "redline/ops/below_autograd.h"
 #include "redline/ops/column_sums.h"
 #include "redline/ops/registration.h"
 #include "redline/ops/strict.h"
@@ -236,6 +237,7 @@ struct GatedActivationFunction {
   // the tensors that were given.
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
+    const BelowAutograd below(grads);
     const bool pair = saved[1].defined();
     int64_t edge = pair ? 2 : 1;
     const bool needs_bias = saved[2].defined() && ctx->needs_input_grad(edge);

@@ -3,6 +3,7 @@
 
 #include <torch/custom_class.h>
 
+#include "redline/ops/below_autograd.h"
 #include "redline/ops/dense.h"
 #include "redline/ops/gemm.h"
 #include "redline/ops/registration.h"
@@ -62,6 +63,7 @@ struct LinearFunction {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
+    const BelowAutograd below(grads);
     const Tensor &x = saved[0], &weight = saved[1], &y_grad = grads[0];
     const Tensor rows = rows_of(y_grad);
     Tensor x_grad, weight_grad, bias_grad;

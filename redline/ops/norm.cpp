@@ -1,5 +1,6 @@
 #include "redline/ops/norm.h"
 
+#include "redline/ops/below_autograd.h"
 #include "redline/ops/norm_inner.h"
 #include "redline/ops/registration.h"
 #include "redline/ops/run.h"
@@ -38,6 +39,7 @@ struct NormFunction {
   // the tensors that were given.
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
+    const BelowAutograd below(grads);
     const Tensor &x = saved[0], &weight = saved[1], &bias = saved[2];
     const bool has_residual = ctx->saved_data["has_residual"].toBool();
     const auto x_dtype = ctx->saved_data["x_dtype"].toScalarType();

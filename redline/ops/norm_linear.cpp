@@ -1,6 +1,7 @@
 // Over budget: parameters: the dispatcher's schema fixes the signature.
 #include "redline/ops/norm_linear.h"
 
+#include "redline/ops/below_autograd.h"
 #include "redline/ops/registration.h"
 #include "redline/ops/run.h"
 #include "redline/ops/strict.h"
@@ -60,6 +61,7 @@ struct NormLinearFunction {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
+    const BelowAutograd below(grads);
     const NormPart::Packed packed(ctx->saved_data["node"].toInt());
     const NormPart norm(packed);
     const NormKept kept = NormKept::from(saved);

@@ -2,6 +2,7 @@
 #include "redline/ops/norm_mlp.h"
 
 #include "redline/ops/activation_part.h"
+#include "redline/ops/below_autograd.h"
 #include "redline/ops/registration.h"
 #include "redline/ops/run.h"
 #include "redline/ops/strict.h"
@@ -153,6 +154,7 @@ struct NormMlpFunction {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
+    const BelowAutograd below(grads);
     const Node node = Node::from(ctx);
     const Needs needs(node, Edges(ctx));
     Gradients out;

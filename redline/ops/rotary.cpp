@@ -1,5 +1,6 @@
 #include "redline/ops/rotary.h"
 
+#include "redline/ops/below_autograd.h"
 #include "redline/ops/registration.h"
 #include "redline/ops/rotary_run.h"
 #include "redline/ops/run.h"
@@ -120,7 +121,9 @@ struct RotaryFunction {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return {call(grads[0], kept(ctx), /*backward=*/true), Tensor()};
+    const Inputs in = kept(ctx);
+    const BelowAutograd below(grads);
+    return {call(grads[0], in, /*backward=*/true), Tensor()};
   }
 };
 
@@ -133,7 +136,9 @@ struct SplitFunction {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return {call_join(grads, kept(ctx)), Tensor()};
+    const Inputs in = kept(ctx);
+    const BelowAutograd below(grads);
+    return {call_join(grads, in), Tensor()};
   }
 };
 
