@@ -28,7 +28,7 @@ Tensor activation_forward(const Tensor& x, const OptionalTensor& bias, std::stri
   check_input(x);
   check_devices(op_name, x, {{"bias", bias}});
   const Activation activation = activation_from(kind);
-  Tensor y = at::empty_like(x, at::MemoryFormat::Contiguous);
+  Tensor y = empty_contiguous(x);
   if (x.is_meta()) return y;
   const Tensor x_rows = with_rows(op_name, "x", x);
   const OptionalTensor bias_vector = contiguous(op_name, "bias", bias);
@@ -56,8 +56,8 @@ BackwardOutputs backward(const Tensor& y_grad, const Tensor& x, const OptionalTe
   check_input(x);
   check_devices(op_name, x, {{"y_grad", y_grad}, {"bias", bias}});
   const Activation activation = activation_from(kind);
-  Tensor x_grad = at::empty_like(x, at::MemoryFormat::Contiguous);
-  Tensor bias_grad = empty_gradient(op_name, "bias", bias, needs.bias, x);
+  Tensor x_grad = empty_contiguous(x);
+  Tensor bias_grad = empty_gradient(op_name, "bias", bias, needs.bias);
   const Tensor y = needs.y ? at::empty_like(x_grad) : Tensor();
   if (x.is_meta()) return {x_grad, bias_grad, y};
   const Tensor x_rows = with_rows(op_name, "x", x),

@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> bias_dropout_add_forward(const Tensor& x, const Optio
   check_probability(probability);
   check_inputs(x, bias, residual);
   const bool random = training && probability > 0;
-  Tensor y = at::empty_like(residual, at::MemoryFormat::Contiguous);
+  Tensor y = empty_contiguous(residual);
   Tensor rng_state = at::empty({random ? 2 : 0}, x.options().dtype(at::kLong));
   if (x.is_meta()) return {y, rng_state};
   const Tensor x_rows = with_rows(op_name, "x", x),
@@ -70,9 +70,8 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward(const Tensor& y_grad, const
   check_devices(op_name, y_grad, {{"rng_state", rng_state}, {"bias", bias}});
   TORCH_CHECK(y_grad.dim() >= 1, op_name,
               ": y_grad: expected at least one dimension, not a scalar");
-  Tensor x_grad =
-      at::empty_like(y_grad, y_grad.options().dtype(x_dtype), at::MemoryFormat::Contiguous);
-  Tensor bias_grad = empty_gradient(op_name, "bias", bias, needs_bias, x_grad);
+  Tensor x_grad = empty_contiguous(y_grad, x_dtype);
+  Tensor bias_grad = empty_gradient(op_name, "bias", bias, needs_bias);
   if (y_grad.is_meta()) return {x_grad, bias_grad};
   const Tensor y_grad_rows = with_rows(op_name, "y_grad", y_grad);
   const bool flat = !needs_bias && y_grad_rows.is_contiguous();

@@ -138,7 +138,7 @@ Tensor cross_entropy_gradient(const Tensor& logits, const Tensor& targets, const
                               c10::SymInt vocabulary, int64_t ignore_index, double label_smoothing,
                               double z_loss, std::optional<double> logit_softcap) {
   check_loss_inputs(logits, targets);
-  const Tensor logits_grad = at::empty_like(logits, at::MemoryFormat::Contiguous);
+  const Tensor logits_grad = empty_contiguous(logits);
   if (logits.is_meta()) return logits_grad;
   const CrossEntropyOptions formula = {"", ignore_index, label_smoothing, z_loss, logit_softcap};
   write_gradient(

@@ -65,7 +65,7 @@ Promise promise(const Tensor& logits, const Tensor& targets, const Tensor& predi
                 const CrossEntropyOptions& options) {
   check_loss_inputs(logits, targets);
   const Promise out = {empty_statistics(logits, targets, options.label_smoothing != 0),
-                       at::empty_like(logits, at::MemoryFormat::Contiguous), predictions};
+                       empty_contiguous(logits), predictions};
   if (!logits.is_meta()) {
     write_promise(with_rows(op_name, "logits", logits), targets, out, options);
   }
@@ -132,7 +132,7 @@ std::tuple<Tensor, Tensor> cross_entropy_promise_inplace_with_predictions(
 }
 
 Tensor cross_entropy_fulfil(const Tensor& kept, const Tensor& loss_grad, const Tensor& loss_scale) {
-  Tensor out = at::empty_like(kept, at::MemoryFormat::Contiguous);
+  Tensor out = empty_contiguous(kept);
   if (!kept.is_meta()) at::mul_out(out, kept, kept_ratio(op_name, loss_grad, loss_scale));
   return out;
 }

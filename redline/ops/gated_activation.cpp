@@ -59,7 +59,7 @@ void check_inputs(const Tensor& x, const OptionalTensor& linear, const Options& 
 }
 
 Tensor empty_output(const Tensor& x, const OptionalTensor& linear) {
-  if (linear) return at::empty_like(x, at::MemoryFormat::Contiguous);
+  if (linear) return empty_contiguous(x);
   c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
   sizes.back() = sizes.back() / 2;
   return at::empty_symint(sizes, x.options());
@@ -128,12 +128,12 @@ Gradients backward(const Tensor& y_grad, const Tensor& x, const OptionalTensor& 
   check_inputs(x, linear, options);
   check_devices(op_name, x, {{"y_grad", y_grad}});
   const auto like = [&](const char* name, bool wanted, const OptionalTensor& tensor) {
-    return empty_gradient(op_name, name, tensor, wanted, x);
+    return empty_gradient(op_name, name, tensor, wanted);
   };
-  const Gradients out = {
-      at::empty_like(x, at::MemoryFormat::Contiguous), like("linear", linear.has_value(), linear),
-      like("bias", needs.bias, options.bias), like("row_scale", needs.row_scale, options.row_scale),
-      needs.y ? empty_output(x, linear) : Tensor()};
+  const Gradients out = {empty_contiguous(x), like("linear", linear.has_value(), linear),
+                         like("bias", needs.bias, options.bias),
+                         like("row_scale", needs.row_scale, options.row_scale),
+                         needs.y ? empty_output(x, linear) : Tensor()};
   if (x.is_meta()) return out;
   const Tensor x_rows = with_rows(op_name, linear ? "gate" : "x", x),
                linear_rows = with_rows(op_name, "linear", value(linear)),

@@ -35,8 +35,8 @@ NormOutputs forward(const Tensor& x, const NormInputs& in) {
                 x.sym_sizes(), ", not ", in.residual->sym_sizes());
   }
   NormOutputs out;
-  out.y = at::empty_like(x, at::MemoryFormat::Contiguous);
-  out.sum = in.residual ? at::empty_like(*in.residual, at::MemoryFormat::Contiguous) : no_output(x);
+  out.y = empty_contiguous(x);
+  out.sum = in.residual ? empty_contiguous(*in.residual) : Tensor();
   out.mean = in.norm == Norm::layer ? empty_statistic(x) : Tensor();
   out.inverse_std = empty_statistic(x);
   if (x.is_meta()) return out;
@@ -81,11 +81,11 @@ NormGradients backward(const Tensor& y_grad, const Tensor& x, const NormBackward
   check_input(in.norm, x);
   check_devices(op, x, {{"y_grad", y_grad}, {"weight", in.weight}, {"sum_grad", in.sum_grad}});
   NormGradients out;
-  out.x = at::empty_like(x, at::MemoryFormat::Contiguous);
-  out.weight = empty_gradient(op, "weight", in.weight, in.needs_weight, x);
-  out.bias = empty_gradient(op, "bias", in.bias, in.needs_bias, x);
+  out.x = empty_contiguous(x);
+  out.weight = empty_gradient(op, "weight", in.weight, in.needs_weight);
+  out.bias = empty_gradient(op, "bias", in.bias, in.needs_bias);
   if (in.needs_y) {
-    out.y = at::empty_like(x, x.options().dtype(y_grad.dtype()), at::MemoryFormat::Contiguous);
+    out.y = empty_contiguous(x, y_grad.scalar_type());
   }
   if (x.is_meta()) return out;
   const Tensor x_rows = with_rows(op, "x", x), y_grad_rows = with_rows(op, "y_grad", y_grad),
@@ -196,7 +196,7 @@ Tensor rebuild(const Tensor& x, const OptionalTensor& weight, const OptionalTens
   const Norm norm = mean ? Norm::layer : Norm::rms;
   check_input(norm, x);
   check_devices(name(norm), x, {{"weight", weight}, {"bias", bias}, {"inverse_std", inverse_std}});
-  const Tensor y = at::empty_like(x, x.options().dtype(dtype), at::MemoryFormat::Contiguous);
+  const Tensor y = empty_contiguous(x, dtype);
   if (x.is_meta()) return y;
   const char* op = name(norm);
   const Tensor x_rows = with_rows(op, "x", x),

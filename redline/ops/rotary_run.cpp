@@ -113,7 +113,7 @@ void run_rotary(const Tensor& like, Rotary args, const RotaryInputs& in) {
 
 Tensor rotate(const Tensor& x, const RotaryInputs& in, bool backward) {
   check_inputs(x, in);
-  Tensor y = at::empty_like(x, at::MemoryFormat::Contiguous);
+  Tensor y = empty_contiguous(x);
   if (x.is_meta()) return y;
   const bool packed(in.packing);
   const Tensor source = adjacent(in.op(), backward ? "y_grad" : in.tensor(), x);

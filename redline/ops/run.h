@@ -31,17 +31,25 @@ inline std::optional<at::Tensor> optional(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional(tensor) : std::nullopt;
 }
 
-// What an op returns in place of an output that was not asked for.
+// Unwritten and contiguous, of like's sizes: at::empty_like takes 0.2 us more to find the same out.
+inline at::Tensor empty_contiguous(const at::Tensor& like) {
+  return at::empty_symint(like.sym_sizes(), like.options());
+}
+inline at::Tensor empty_contiguous(const at::Tensor& like, at::ScalarType dtype) {
+  return at::empty_symint(like.sym_sizes(), like.options().dtype(dtype));
+}
+
+// In place of an output that was not asked for, where what follows takes a tensor. Elsewhere it is
+// undefined, which costs no allocation.
 inline at::Tensor no_output(const at::Tensor& like) { return at::empty({0}, like.options()); }
 
-// What the gradient of an optional parameter is written to, where it is wanted.
+// What the gradient of an optional parameter is written to; undefined where it is not wanted.
 inline at::Tensor empty_gradient(const char* op, const char* name,
-                                 const std::optional<at::Tensor>& parameter, bool wanted,
-                                 const at::Tensor& like) {
-  if (!wanted) return no_output(like);
+                                 const std::optional<at::Tensor>& parameter, bool wanted) {
+  if (!wanted) return {};
   TORCH_CHECK(parameter && parameter->defined(), op, ": needs_", name, ": expected ", name,
               " to be given, or false");
-  return at::empty_like(*parameter, at::MemoryFormat::Contiguous);
+  return empty_contiguous(*parameter);
 }
 
 // A tensor, if there is one, and what messages call it. For the length of an expression.

@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor> softmax_forward(const Tensor& scores, const OptionalT
                                            double scale, bool causal, std::optional<int64_t> window,
                                            const OptionalTensor& sink) {
   check_inputs(scores, mask, sink, window);
-  const Tensor probabilities = at::empty_like(scores, at::MemoryFormat::Contiguous);
+  const Tensor probabilities = empty_contiguous(scores);
   const Tensor sink_probability = empty_rows(scores, sink.has_value());
   if (scores.is_meta() || scores.numel() == 0) return {probabilities, sink_probability};
   const Tensor rows = with_rows(op_name, "scores", scores);
@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor> softmax_backward(const Tensor& probabilities_grad,
                                             const Tensor& probabilities,
                                             const OptionalTensor& sink_probability, double scale,
                                             bool causal, std::optional<int64_t> window) {
-  const Tensor scores_grad = at::empty_like(probabilities, at::MemoryFormat::Contiguous);
+  const Tensor scores_grad = empty_contiguous(probabilities);
   const auto options = probabilities.options().dtype(accumulation_type(probabilities));
   const Tensor sink_grad = sink_probability ? at::empty_symint({heads_of(probabilities)}, options)
                                             : no_output(probabilities);
