@@ -113,9 +113,10 @@ class Attention(torch.nn.Module):
         qkv = self.layernorm_qkv(x, residual)
         qkv, total = (qkv, None) if residual is None else qkv
         q, k, v = self.rotate(qkv, positions, cu_seqlens)
-        packing = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
-        packing |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
-        options = {"causal": self.causal, "window": self.window, **packing}
+        options = {"causal": self.causal, "window": self.window}
+        if cu_seqlens is not None:
+            options |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+            options |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
         if self.recompute and torch.is_grad_enabled():
             options |= {"use_reentrant": False, "preserve_rng_state": False}
             context = checkpoint(ops.attention, q, k, v, **options)

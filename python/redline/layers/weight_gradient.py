@@ -59,7 +59,8 @@ class WeightGradient:
 
     def destination(self, weight, first_microbatch=None, queue=None, name="weight"):
         """An op's options that send the gradient of `weight` where the layer's options say."""
-        if not (weight.requires_grad and torch.is_grad_enabled()):
+        asked = self.accumulate_main_grad or self.delay_weight_grad
+        if not (asked and weight.requires_grad and torch.is_grad_enabled()):
             return {}
         options = {}
         if self.accumulate_main_grad:

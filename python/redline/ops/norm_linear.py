@@ -11,10 +11,11 @@ from redline.ops.linear import WeightGradientQueue
 _ops = torch.ops.redline
 
 
-def _given(y: Tensor, *others: Tensor | None):
-    """y, and behind it those of the others that there are."""
-    there = [other for other in others if other is not None]
-    return (y, *there) if there else y
+def _given(outputs: tuple[Tensor | None, ...]):
+    """The first output, and behind it those of the others that there are."""
+    if outputs[1] is None and outputs[-1] is None:
+        return outputs[0]
+    return tuple(output for output in outputs if output is not None)
 
 
 def norm_linear(
@@ -52,7 +53,7 @@ def norm_linear(
     tensor([[0.8485, 1.1314]])
     """
     return _given(
-        *_ops.norm_linear(
+        _ops.norm_linear(
             x,
             norm_weight,
             norm_bias,
@@ -112,7 +113,7 @@ def norm_mlp(
     """
     tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     return _given(
-        *_ops.norm_mlp(
+        _ops.norm_mlp(
             *tensors,
             norm=norm,
             epsilon=epsilon,
