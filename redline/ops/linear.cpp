@@ -55,8 +55,9 @@ struct LinearFunction {
                         const OptionalTensor& bias, const WeightGradientOptions& options) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const bool trained = weight.requires_grad();
-    ctx->save_for_backward({trained ? x : Tensor(), x.requires_grad() ? weight : Tensor()});
-    ctx->saved_data["has_bias"] = bias.has_value();
+    variable_list saved = {trained ? x : Tensor(), x.requires_grad() ? weight : Tensor()};
+    if (bias) saved.emplace_back();  // that there is one; an entry of saved_data costs 0.3 us
+    ctx->save_for_backward(std::move(saved));
     if (trained) save_weight_gradient(ctx, "weight", options);
     return product(x, weight, bias);
   }
@@ -71,7 +72,7 @@ struct LinearFunction {
     if (ctx->needs_input_grad(1)) {
       weight_grad = product_weight_grad(rows, rows_of(x), saved_weight_gradient(ctx, "weight"));
     }
-    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) {
+    if (saved.size() > 2 && ctx->needs_input_grad(2)) {
       bias_grad = rows.sum(at::IntArrayRef{0});
     }
     return {x_grad, weight_grad, bias_grad, Tensor()};
@@ -219,6 +220,7 @@ void save_weight_gradient(AutogradContext* ctx, const std::string& name,
 WeightGradientOptions saved_weight_gradient(AutogradContext* ctx, const std::string& name) {
   auto& data = ctx->saved_data;
   WeightGradientOptions options;
+  if (data.empty()) return options;
   if (const auto delayed = data.find(name + ".delayed"); delayed != data.end()) {
     options.delayed = delayed->second.toCustomClass<WeightGradientQueue>();
   }
