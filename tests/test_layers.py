@@ -90,6 +90,28 @@ def test_parameter_names(name):
     assert [n for n, _ in layer.named_parameters()] == NAMES[name]
 
 
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+WEIGHTS = {"Linear": "weight", "LayerNormLinear": "layer_norm_weight", "LayerNormMLP": "fc1_weight"}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_replaced_parameter_is_read(name, device):
+    layer, x = seeded(LAYERS[name], device)
+    parameter, plain = WEIGHTS[name], copy.deepcopy(layer)
+    doubled = 2 * getattr(layer, parameter).detach()
+    expected = torch.func.functional_call(layer, {parameter: doubled}, x)
+    assert not torch.equal(expected, layer(x))
+    delattr(plain, parameter)
+    setattr(plain, parameter, doubled)
+    assert torch.equal(plain(x), expected)
+    torch.nn.utils.parametrize.register_parametrization(layer, parameter, Doubled())
+    assert torch.equal(layer(x), expected)
+
+
 def test_torch_subclasses():
     assert isinstance(RMSNorm(4), torch.nn.RMSNorm)
     assert isinstance(LayerNorm(4), torch.nn.LayerNorm)

@@ -5,6 +5,7 @@ import torch
 from redline import ops
 from redline.layers.linear import reset_linear
 from redline.layers.norm import InputNorm
+from redline.layers.parameters import parameter
 from redline.layers.weight_gradient import WeightGradient, add_gradient
 
 GATED = ("swiglu", "geglu", "reglu", "quick_geglu", "clamped_swiglu")
@@ -59,7 +60,7 @@ class LayerNormMLP(WeightGradient, InputNorm):
         reset_linear(self.fc2_weight, self.fc2_bias)
 
     def forward(self, x, residual=None, first_microbatch=None):
-        fc1_weight, fc2_weight = self.fc1_weight, self.fc2_weight
+        fc1_weight, fc2_weight = parameter(self, "fc1_weight"), parameter(self, "fc2_weight")
         options = self.norm_options()
         for name, weight, queue in (
             ("fc1", fc1_weight, self.fc1_delayed),
@@ -69,7 +70,7 @@ class LayerNormMLP(WeightGradient, InputNorm):
             options |= {f"{name}_{option}": value for option, value in where.items()}
         return ops.norm_mlp(
             x,
-            self.layer_norm_weight,
+            parameter(self, "layer_norm_weight"),
             self.layer_norm_bias,
             fc1_weight,
             self.fc1_bias,
