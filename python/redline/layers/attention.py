@@ -94,18 +94,19 @@ class Attention(torch.nn.Module):
         """q, k, v at their positions: in one pass over the packed qkv unless q and k have norms."""
         layout = "bshd" if cu_seqlens is None else "thd"
         where = {"positions": positions, "layout": layout, "cu_seqlens": cu_seqlens}
+        rotary = self.rotary
         if self.q_norm is not None:
             q, k, v = self.split(qkv)
             q, k = self.q_norm(q), self.k_norm(k)
-            if self.rotary is not None:
-                cos, sin = self.rotary(qkv)
+            if rotary is not None:
+                cos, sin = rotary(qkv)
                 q, k = (
                     ops.rotary(q, cos, sin, **where),
                     ops.rotary(k, cos, sin, **where),
                 )
             return q, k, v
-        if self.rotary is not None:
-            cos, sin = self.rotary(qkv)
+        if rotary is not None:
+            cos, sin = rotary(qkv)
             return ops.qkv_rotary_split(qkv, cos, sin, self.heads, self.kv_heads, **where)
         return self.split(qkv)
 

@@ -44,6 +44,8 @@ class RotaryTables(torch.nn.Module):
 
     def forward(self, x):
         """(cos, sin) for x; after load_state_dict(assign=True) they are still on meta here."""
-        if self.cos.is_meta and not x.is_meta:
+        cos, sin = self.cos, self.sin
+        if cos.is_meta and not x.is_meta:
             self.place(x.device)
-        return self.cos, self.sin
+            return self.cos, self.sin
+        return cos, sin
