@@ -1,10 +1,12 @@
 """The schemas of a release only grow, by keyword arguments with defaults."""
 
+import inspect
 from pathlib import Path
 
+import pytest
 import torch
 
-import redline.ops  # noqa: F401  (registers the ops)
+import redline.ops
 
 SCHEMAS = Path(__file__).with_name("schemas.txt")
 
@@ -46,6 +48,16 @@ def test_schemas_only_grow():
         assert (seen := growth(old, now[old.name])) is None, f"{old.name}: {seen}"
     unwritten = [str(now[name]) for name in sorted(now.keys() - {old.name for old in written})]
     assert not unwritten, f"{SCHEMAS.name} lacks " + "\n".join(unwritten)
+
+
+@pytest.mark.parametrize("name", ["attention", "linear", "norm_linear", "norm_mlp"])
+def test_an_unsaid_option_is_the_functions_own(name):
+    """These functions give their op what is not the default, which must be the same in both."""
+    function = inspect.signature(getattr(redline.ops, name)).parameters
+    arguments = [a for a in schemas()[f"redline::{name}"].arguments if a.has_default_value()]
+    assert len(arguments) > 5
+    for argument in arguments:
+        assert function[argument.name].default == argument.default_value, argument.name
 
 
 def test_growth_is_seen():

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import redline._library  # noqa: F401  (registers the ops)
-from redline.ops._options import stated, weight_gradient
+from redline.ops._options import norm_kind, stated, weight_gradient
 from redline.ops.linear import WeightGradientQueue
 
 _ops = torch.ops.redline
@@ -15,7 +15,7 @@ def _given(outputs: tuple[Tensor | None, ...]):
     """The first output, and behind it those of the others that there are."""
     if outputs[1] is None and outputs[-1] is None:
         return outputs[0]
-    return tuple(output for output in outputs if output is not None)
+    return tuple([output for output in outputs if output is not None])
 
 
 def norm_linear(
@@ -59,8 +59,7 @@ def norm_linear(
             norm_bias,
             weight,
             bias,
-            norm=norm,
-            epsilon=epsilon,
+            **norm_kind(norm, epsilon),
             **stated(
                 residual=residual,
                 zero_centered=zero_centered,
@@ -115,9 +114,8 @@ def norm_mlp(
     return _given(
         _ops.norm_mlp(
             *tensors,
-            norm=norm,
-            epsilon=epsilon,
             activation=activation,
+            **norm_kind(norm, epsilon),
             **stated(
                 residual=residual,
                 zero_centered=zero_centered,
