@@ -217,7 +217,8 @@ def test_another_upstream_gradient_rescales(dtype, case, reduction, scale, devic
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
 def test_three_chunks_round_the_weights_gradient_three_times(dtype, reduction, device):
     """Against the float32 sum of the same products: a third, two thirds and the whole are rounded,
-    sqrt(1/3 + 2/3 + 1) = 1.41 of one rounding where they are independent."""
+    sqrt(1/3 + 2/3 + 1) = 1.41 of one rounding where they are independent; cuBLASLt's kernels round
+    the second and third product too: sqrt(1.41^2 + 2/3) = 1.63."""
     tensors, targets = draw(THREE[device], dtype, device, with_bias=False)
     up = torch.full(targets.shape, 4.0, device=device) if reduction == "none" else 4.0
     ours, theirs = leaves_of(tensors), leaves_of(tensors)
@@ -227,7 +228,8 @@ def test_three_chunks_round_the_weights_gradient_three_times(dtype, reduction, d
         loss.backward(torch.as_tensor(up, device=device))
     contract.equal_bits([ours[0].grad], [theirs[0].grad])
     once = relative_error(wide.to(dtype), wide)
-    assert 1.2 * once < relative_error(ours[1].grad, wide) < 1.6 * once
+    expected = 1.63 if device == "cuda" else 1.41
+    assert 1.2 * once < relative_error(ours[1].grad, wide) < 1.1 * expected * once
     assert_close(ours[1].grad, wide.double(), dtype, roundings=2)
 
 

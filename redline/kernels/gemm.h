@@ -1,6 +1,7 @@
 // Matrix products, row-major views of any strides that a BLAS can read:
 //   out = f(a b + bias)      or      out += a b
-// Accumulated in float32, one rounding at the end (more where ops runs an epilogue behind it). f is
+// Accumulated in float32, one rounding at the end (more where ops runs an epilogue behind it, and
+// where it is added to a 16-bit out: the library's kernels round the product first). f is
 // nothing, gelu (its tanh form; Hendrycks and Gimpel, 2016), or the product with gelu's derivative
 // at pre_activation. On CUDA alone, over cuBLASLt: the CPU's products are torch's, called by
 // ops/gemm.cpp.

@@ -73,8 +73,9 @@ bool has_few_chunks(const LossHead& head) {
 }
 
 // In which a promise sums the weight's gradient over its chunks. In 16 bits three parts of equal
-// size, each sum rounded, are off by sqrt(1/3 + 2/3 + 1) = 1.41 of one rounding, of which stock has
-// one and the law allows two; the memory and the traffic are half of float32's.
+// size, each sum rounded, are off by sqrt(1/3 + 2/3 + 1) = 1.41 of one rounding; the library rounds
+// the second and third product before it adds them, sqrt(2/3) more: 1.63, of which stock has one
+// and the law allows two. The memory and the traffic are half of float32's.
 at::ScalarType kept_dtype(const LossHead& head, bool with_main_grad) {
   const at::ScalarType dtype = head.x.scalar_type(), wide = accumulation_type(head.x);
   return dtype != wide && !with_main_grad && has_few_chunks(head) ? dtype : wide;

@@ -206,10 +206,11 @@ bool run_library([[maybe_unused]] const GemmOperands& operands) {
 }
 
 void product_by_library(const GemmOperands& o) {
-  if (const auto parts = split_uneven(o)) {
+  if (const auto split = split_uneven(o)) {
     note_choice("a size is no multiple of 16 bytes: what is over is a product of its own");
-    product_by_library(parts->first);
-    product_by_library(parts->second);
+    product_by_library(split->first);
+    product_by_library(split->second);
+    if (split->sum.defined()) o.accumulate ? o.out.add_(split->sum) : o.out.copy_(split->sum);
     return;
   }
   if (run_library(o)) return;

@@ -26,7 +26,7 @@ Tensor part(const Tensor& tensor, int64_t axis, int64_t begin, int64_t end) {
 
 }  // namespace
 
-std::optional<std::pair<GemmOperands, GemmOperands>> split_uneven(const GemmOperands& o) {
+std::optional<UnevenSplit> split_uneven(const GemmOperands& o) {
   const int64_t m = o.out.size(-2), n = o.out.size(-1), k = o.a.size(-1);
   const int64_t vector = 16 / o.a.element_size();
   const auto is_uneven = [vector](int64_t size) { return size > vector && size % vector != 0; };
@@ -36,7 +36,8 @@ std::optional<std::pair<GemmOperands, GemmOperands>> split_uneven(const GemmOper
     return std::nullopt;
   }
   // An axis matters where a matrix's neighbours in memory lie along it.
-  GemmOperands first = o, second = o;
+  UnevenSplit split = {.first = o, .second = o};
+  auto& [first, second, sum] = split;
   if (is_uneven(n) && (is_row_major(o.b) || is_row_major(o.out))) {
     const int64_t even = n / vector * vector;
     first.b = part(o.b, -1, 0, even), second.b = part(o.b, -1, even, n);
@@ -46,18 +47,20 @@ std::optional<std::pair<GemmOperands, GemmOperands>> split_uneven(const GemmOper
     const int64_t even = m / vector * vector;
     first.a = part(o.a, -2, 0, even), second.a = part(o.a, -2, even, m);
     first.out = part(o.out, -2, 0, even), second.out = part(o.out, -2, even, m);
-  } else if (is_uneven(k) && (is_row_major(o.a) || !is_row_major(o.b)) &&
-             !(o.accumulate && o.out.element_size() == 2)) {  // which would be rounded once more
-    // The small part first: what is rounded on the way is the smaller sum.
+  } else if (is_uneven(k) && !o.bias.defined() && (is_row_major(o.a) || !is_row_major(o.b))) {
     const int64_t even = k / vector * vector;
-    first.a = part(o.a, -1, even, k), second.a = part(o.a, -1, 0, even);
-    first.b = part(o.b, -2, even, k), second.b = part(o.b, -2, 0, even);
-    second.bias = Tensor();
+    first.a = part(o.a, -1, 0, even), second.a = part(o.a, -1, even, k);
+    first.b = part(o.b, -2, 0, even), second.b = part(o.b, -2, even, k);
+    if (o.out.element_size() == 2) {
+      sum = at::empty(o.out.sizes(), o.out.options().dtype(at::kFloat));
+      first.out = second.out = sum;
+      first.accumulate = false;
+    }
     second.accumulate = true;
   } else {
     return std::nullopt;
   }
-  return std::pair(first, second);
+  return split;
 }
 
 }  // namespace redline::ops
