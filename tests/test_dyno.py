@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,24 @@ def test_a_difference_beyond_the_bound_is_wrong(finished):
     sides = {v: lap.Side(list(finished.sides[v].losses)) for v in lap.VARIANTS}
     sides["tuned"].losses[-1] += 2 * finished.bound
     assert not lap.Lap(finished.setup, sides, finished.quiet, finished.bound).right
+
+
+def test_a_long_lap_compares_means(finished):
+    """Rounding moves a loss up and down; a drift stays."""
+    setup = replace(finished.setup, steps=200)
+    stock = [1.0] * 200
+
+    def of(tuned):
+        sides = {"stock": lap.Side(stock), "tuned": lap.Side(tuned)}
+        return lap.Lap(setup, sides, [True] * 200, finished.bound)
+
+    beyond = 4 * finished.bound
+    noisy = of([1.0 + beyond * (-1) ** step for step in range(200)])
+    assert len(noisy.loss_differences) == 176 and noisy.max_loss_difference < beyond / 20
+    assert noisy.right and "means of 25 steps" in report._right(noisy).detail
+    drifting = of([1.0] * 175 + [1.0 + 1.1 * finished.bound] * 25)
+    assert drifting.max_loss_difference == pytest.approx(1.1 * finished.bound)
+    assert not drifting.right
 
 
 def test_disturbed_lap_makes_no_claim(finished):

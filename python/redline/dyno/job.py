@@ -15,7 +15,7 @@ from rich.table import Table
 from . import DEVICES, DTYPES, Options, addresses, machine, report
 from .block import RUNS, measure_block
 from .catalogue import CATALOGUE
-from .lap import Setup, run_lap
+from .lap import SHORT_LAP, Setup, run_lap
 from .measure import DynoError
 from .part import Setting
 from .parts import VARIANTS, Row, measure_parts
@@ -25,7 +25,7 @@ from .text import Batches, learn, read_text
 LEARNING_SEED = 0
 # At 1e-3 a rounding grows until the curves tell nothing (lap.py, BOUNDS): on a GPU's model within
 # 40 steps, on the CPU's in more than these.
-CALM_RATE, SHORT_LAP = 3e-4, 100
+CALM_RATE = 3e-4
 SHORT = {"forward": "fwd", "forward+backward": "both"}
 
 

@@ -49,8 +49,8 @@ def losses(lap: Lap, colours: dict[str, str]) -> Figure:
     top.set_ylabel("loss")
     top.grid(axis="y", linewidth=0.6)
     top.legend(loc="upper right")
-    differences = [max(abs(a - b), 1e-9) for a, b in zip(stock, tuned, strict=True)]
-    bottom.semilogy(steps, differences, color=colours["tuned"], linewidth=1.5)
+    differences = [max(difference, 1e-9) for difference in lap.loss_differences]
+    bottom.semilogy(steps[-len(differences) :], differences, color=colours["tuned"], linewidth=1.5)
     bottom.axhline(lap.bound, color=colours["ceiling"], linewidth=1.2, linestyle=(0, (4, 2)))
     bottom.annotate(
         f"bound {lap.bound:g}", (1, lap.bound), (0, 4), textcoords="offset points",
@@ -58,7 +58,8 @@ def losses(lap: Lap, colours: dict[str, str]) -> Figure:
     )  # fmt: skip
     bottom.set_ylim(top=lap.bound * 12)
     bottom.set_xlabel("step")
-    bottom.set_ylabel("difference")
+    means = f"\nmean of {lap.mean_steps} steps" if lap.mean_steps > 1 else ""
+    bottom.set_ylabel(f"difference{means}")
     return figure
 
 

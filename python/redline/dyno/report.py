@@ -58,9 +58,10 @@ def headlines(lap: Lap) -> list[Headline]:
 
 
 def _right(lap: Lap) -> Headline:
+    means = f" in means of {lap.mean_steps} steps" if lap.mean_steps > 1 else ""
     detail = (
-        f"largest loss difference {lap.max_loss_difference:.1e} over {lap.setup.steps} steps; "
-        f"the bound is {lap.bound:g}"
+        f"largest loss difference {lap.max_loss_difference:.1e}{means} over {lap.setup.steps} "
+        f"steps; the bound is {lap.bound:g}"
     )
     return Headline("Is it right?", "Yes" if lap.right else "No", detail, lap.right)
 
