@@ -14,15 +14,6 @@ const cpu::BiasDropoutAddKernels& kernels() {
                      cpu::avx512::bias_dropout_add_kernels);
 }
 
-void check_random(double probability, const TensorView& rng_state) {
-  REDLINE_CHECK(probability >= 0 && probability <= 1, op, ": probability: expected 0 to 1, not ",
-                probability);
-  if (!rng_state) return;
-  check_vector(op, "rng_state", rng_state, 2);
-  REDLINE_CHECK(rng_state.dtype == DType::int64, op, ": rng_state: expected int64, not ",
-                rng_state.dtype);
-}
-
 }  // namespace
 
 void check(const BiasDropoutAddForward& args) {
@@ -34,7 +25,7 @@ void check(const BiasDropoutAddForward& args) {
   check_mixed(op, "residual", args.residual, x.dtype);
   check_matrix(op, "residual", args.residual, x, args.residual.dtype);
   check_matrix(op, "y", args.y, x, args.residual.dtype);
-  check_random(args.probability, args.rng_state);
+  check_random(op, args.probability, args.rng_state);
 }
 
 void check(const BiasDropoutAddBackward& args) {
@@ -46,7 +37,7 @@ void check(const BiasDropoutAddBackward& args) {
   check_matrix(op, "y_grad", args.y_grad, x_grad, args.y_grad.dtype);
   check_column_sums(op, "bias_grad", args.bias_grad, x_grad.sizes[1],
                     accumulation_dtype(x_grad.dtype));
-  check_random(args.probability, args.rng_state);
+  check_random(op, args.probability, args.rng_state);
 }
 
 void run(const BiasDropoutAddForward& args, Range elements) { kernels().forward(args, elements); }

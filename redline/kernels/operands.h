@@ -39,6 +39,13 @@ inline void check_parameter(const char* op, const char* tensor, const TensorView
   check_mixed(op, tensor, parameter, x);
 }
 
+// Of dropout: the share that is dropped, and where the state of its numbers is kept.
+inline void check_random(const char* op, double probability, const TensorView& rng_state) {
+  REDLINE_CHECK(probability >= 0 && probability <= 1, op, ": probability: expected 0 to 1, not ",
+                probability);
+  if (rng_state) check_values(op, "rng_state", rng_state, 2, DType::int64);
+}
+
 inline void check_row_count(const char* op, const TensorView& row_count) {
   if (!row_count) return;
   REDLINE_CHECK(row_count.numel() == 1 && row_count.dtype == DType::int64, op,

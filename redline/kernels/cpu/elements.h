@@ -80,7 +80,8 @@ REDLINE_INLINE const Acc* read_optional(const TensorView& view, int64_t offset, 
   return view ? read<Acc>(view.data, view.dtype, offset, count, block) : nullptr;
 }
 
-// Where to write elements of row `row` from column `col` on: fill `values`, then finish(count).
+// Where to write elements of row `row` from column `col` on: fill `values`, then finish(count). Of
+// an absent view: nowhere but into `block`.
 template <typename Acc>
 struct RowWriter {
   const TensorView& view;
@@ -92,7 +93,7 @@ struct RowWriter {
       : view(view),
         offset(row * view.strides[0] + col),
         block(block),
-        values(begin_write(view.data, view.dtype, offset, block)) {}
+        values(view ? begin_write(view.data, view.dtype, offset, block) : block.values) {}
 
   REDLINE_INLINE void finish(int count) const {
     finish_write(view.data, view.dtype, offset, count, block);

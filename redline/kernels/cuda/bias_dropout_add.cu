@@ -4,52 +4,11 @@
 #include "redline/core/dispatch.h"
 #include "redline/kernels/bias_dropout_add.h"
 #include "redline/kernels/cuda/columns.cuh"
-#include "redline/kernels/cuda/device/philox.cuh"
+#include "redline/kernels/cuda/dropout.cuh"
 
 namespace redline {
 namespace cuda {
 namespace {
-
-// What both directions know of the random numbers.
-struct Dropout {
-  PhiloxState state;
-  bool random;
-  uint32_t threshold;
-  float scale;
-  int64_t cols;  // of the matrix that the elements are counted in
-
-  // With the key read: for every vector of a column it took a third of the column kernel's time.
-  __device__ __forceinline__ Dropout local() const {
-    const PhiloxKey found = key();
-    Dropout result = *this;
-    result.state = {.seed = static_cast<int64_t>(found.seed),
-                    .offset = static_cast<int64_t>(found.offset)};
-    return result;
-  }
-  __device__ __forceinline__ PhiloxKey key() const {
-    uint64_t seed = state.seed, offset = state.offset;
-    if (state.seed_pointer != nullptr) seed = *state.seed_pointer;
-    if (state.offset_pointer != nullptr) offset += *state.offset_pointer;
-    return {seed, offset};
-  }
-  // Exactly zero where the element is dropped, whatever it holds.
-  template <bool Aligned, int N>
-  __device__ __forceinline__ void apply(const Place<Aligned>& at, float (&values)[N]) const {
-    if (!random) return;
-    uint32_t numbers[N / 2];
-    draw<Aligned, N>(key(), static_cast<uint64_t>(at.row * cols + at.col), numbers);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const uint32_t number = i % 2 ? numbers[i / 2] >> 16 : numbers[i / 2] & 0xffffu;
-      values[i] = number < threshold ? 0.0f : values[i] * scale;
-    }
-  }
-};
-
-Dropout dropout(const PhiloxState& state, bool random, double probability, const Extent& extent) {
-  return {state, random, philox::drop_threshold(probability),
-          static_cast<float>(philox::keep_scale(probability)), extent.cols};
-}
 
 // R: what residual and y hold.
 template <typename T, typename R>
@@ -184,7 +143,7 @@ void run(const BiasDropoutAddForward& args, Stream stream) {
   visit_dtypes(args.x.dtype, args.residual.dtype, [&]<typename T, typename R>() {
     const Extent size = extent("bias_dropout_add", args.x, vector_size<T>, flat);
     const Forward<T, R> op = {size,
-                              dropout(args.philox, random, args.probability, size),
+                              dropout(args.philox, random, args.probability, size.cols),
                               matrix(args.x, flat),
                               matrix(args.bias, false),
                               matrix(args.residual, flat),
@@ -203,13 +162,11 @@ void run(const BiasDropoutAddBackward& args, Stream stream) {
   const bool random = static_cast<bool>(args.rng_state);
   const bool aligned =
       are_aligned("bias_dropout_add", {{"y_grad", &args.y_grad}, {"x_grad", &args.x_grad}});
-  const int64_t* state = args.rng_state.as<const int64_t>();
-  const PhiloxState philox = {.seed_pointer = state,
-                              .offset_pointer = random ? state + 1 : nullptr};
   visit_dtypes(args.x_grad.dtype, args.y_grad.dtype, [&]<typename T, typename R>() {
     const Extent size = extent("bias_dropout_add", args.x_grad, vector_size<T>, flat);
-    const Backward<T, R> op = {size, dropout(philox, random, args.probability, size),
-                               matrix(args.y_grad, flat), matrix(args.x_grad, flat)};
+    const Backward<T, R> op = {
+        size, dropout(saved_state(args.rng_state), random, args.probability, size.cols),
+        matrix(args.y_grad, flat), matrix(args.x_grad, flat)};
     if (args.bias_grad.total) {
       launch_columns(op, args.bias_grad, aligned, stream);
     } else {
