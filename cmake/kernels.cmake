@@ -69,6 +69,8 @@ if(REDLINE_WITH_CUDA)
       gated_activation/forward
       gradient_norm
       norm/backward
+      norm/dropout_backward
+      norm/dropout_forward
       norm/layer_forward
       norm/rms_forward
       rotary

@@ -25,6 +25,7 @@ read_for_registers = {
     "embedding/backward.cu",
     "embedding/forward.cu",
     "norm/backward.cu",
+    "norm/dropout_backward.cu",
     "norm/layer_forward.cu",
     "norm/rms_forward.cu",
     "rotary.cu",

@@ -13,7 +13,48 @@ void check_statistic(const char* op, const char* tensor, const TensorView& stati
   check_values(op, tensor, statistic, x.sizes[0], accumulation_dtype(x.dtype));
 }
 
+void check_dropout(const char* op, const NormForward& args) {
+  if (!args.input_bias && !args.rng_state) return;
+  REDLINE_CHECK(args.residual, op, ": residual: expected one beside dropout or an input_bias");
+  REDLINE_CHECK(!args.row_count, op, ": row_count: expected none beside dropout or an input_bias");
+  check_parameter(op, "input_bias", args.input_bias, args.x.sizes[1], args.x.dtype);
+  check_random(op, args.probability, args.rng_state);
+}
+
+void check_dropout(const char* op, const NormBackward& args) {
+  const int64_t cols = args.x.sizes[1];
+  check_column_sums(op, "input_bias_grad", args.input_bias_grad, cols,
+                    accumulation_dtype(args.x.dtype));
+  check_random(op, args.probability, args.rng_state);
+  REDLINE_CHECK(args.input_grad.present == args.rng_state.present, op,
+                ": input_grad: expected one beside an rng_state, and none without");
+  if (args.input_grad) {
+    check_mixed(op, "input_grad", args.input_grad, args.y_grad.dtype);
+    check_matrix(op, "input_grad", args.input_grad, args.x, args.input_grad.dtype);
+  }
+  REDLINE_CHECK(!args.row_count || (!args.input_grad && !args.input_bias_grad.total), op,
+                ": row_count: expected none beside dropout or an input_bias");
+}
+
 }  // namespace
+
+BiasDropoutAddForward input_sum(const NormForward& args) {
+  return {.x = args.x,
+          .bias = args.input_bias,
+          .residual = args.residual,
+          .y = args.sum,
+          .rng_state = args.rng_state,
+          .philox = args.philox,
+          .probability = args.probability};
+}
+
+BiasDropoutAddBackward input_gradient(const NormBackward& args) {
+  return {.y_grad = args.x_grad,
+          .rng_state = args.rng_state,
+          .x_grad = args.input_grad,
+          .bias_grad = args.input_bias_grad,
+          .probability = args.probability};
+}
 
 void check(const NormForward& args) {
   const char* op = name(args.norm);
@@ -38,6 +79,7 @@ void check(const NormForward& args) {
   if (args.norm == Norm::layer) check_statistic(op, "mean", args.mean, x);
   check_row_count(op, args.row_count);
   check_not_quantized(op, args.quantized);
+  check_dropout(op, args);
 }
 
 void check(const NormBackward& args) {
@@ -60,6 +102,7 @@ void check(const NormBackward& args) {
   }
   if (args.weight_grad) check_vector(op, "weight_grad", args.weight_grad, x.sizes[1]);
   if (args.bias_grad) check_vector(op, "bias_grad", args.bias_grad, x.sizes[1]);
+  check_dropout(op, args);
 }
 
 namespace {
@@ -73,7 +116,9 @@ void run(const NormForward& args, Range rows) { kernels().forward(args, rows); }
 
 void run(const NormBackward& args, Range chunks) {
   const int64_t rows = args.x.sizes[0];
-  const TensorView& partial = args.weight_partial ? args.weight_partial : args.bias_partial;
+  const TensorView& partial = args.weight_partial ? args.weight_partial
+                              : args.bias_partial ? args.bias_partial
+                                                  : args.input_bias_grad.partial;
   const int64_t count = partial ? partial.sizes[0] : cpu::column_chunks(rows, args.x.sizes[1]);
   for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
     kernels().backward(args, chunk, chunk_rows(rows, count, chunk));

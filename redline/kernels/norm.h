@@ -2,12 +2,14 @@
 //   rms:   y = x * r * w,             r = 1 / sqrt(mean(x^2) + epsilon)
 //   layer: y = (x - m) * r * w + b,   m = mean(x), r = 1 / sqrt(mean((x - m)^2) + epsilon)
 // with w = weight, or 1 + weight when zero_centered. With a residual, x is x + residual, rounded to
-// the residual's dtype first. Arithmetic in float32 (float64 for float64), one rounding at the end.
+// the residual's dtype first; with dropout or an input bias it is what bias_dropout_add makes of
+// the two, bit for bit. Arithmetic in float32 (float64 for float64), one rounding at the end.
 // Backward keeps x (the sum, with a residual), r and, for layer, m: one or two float32 per row.
 #pragma once
 
 #include "redline/core/stream.h"
 #include "redline/core/tensor_view.h"
+#include "redline/kernels/bias_dropout_add.h"
 #include "redline/kernels/quantize.h"
 
 namespace redline {
@@ -33,6 +35,11 @@ struct NormForward {
   // mean and inverse_std are read in place of written, and epsilon is not needed: y once more, with
   // the bits of the forward pass that made them, whatever it held x in. Without a residual.
   bool statistics_given = false;
+  // With a residual, without a row_count: x is residual + dropout(x + input_bias).
+  TensorView input_bias = {};  // [cols], optional; x's dtype or float32
+  TensorView rng_state = {};   // [2] int64, out, as drawn; absent: nothing is dropped
+  PhiloxState philox = {};
+  double probability = 0;
 };
 
 // With xh = (x - m) * r and g = y_grad * w:
@@ -58,15 +65,24 @@ struct NormBackward {
   TensorView weight_grad;     // [cols], out, optional
   TensorView bias_grad;       // [cols], out, optional, layer alone
   bool zero_centered = false;
+  // Of forward's own x, from the rounded x_grad, which is the residual's:
+  TensorView rng_state = {};        // [2] int64 as forward left it; absent: nothing was dropped
+  TensorView input_grad = {};       // [rows, cols], out, y_grad's dtype or x's; with rng_state
+  ColumnSums input_bias_grad = {};  // optional, of bias_dropout_add's chunks
+  double probability = 0;
 };
+
+// bias_dropout_add's arguments for the sum, and for what becomes of the sum's gradient.
+BiasDropoutAddForward input_sum(const NormForward&);
+BiasDropoutAddBackward input_gradient(const NormBackward&);
 
 // Throw Error where a shape or dtype does not fit.
 void check(const NormForward&);
 void check(const NormBackward&);
 
-// CPU. Forward: the rows of the range. Backward: the chunks of the range, x_grad of their rows and
-// their rows of the partial sums; finish() then writes weight_grad and bias_grad of the columns of
-// its range.
+// CPU. Forward: the rows of the range; the call that begins at row 0 writes rng_state. Backward:
+// the chunks of the range, x_grad of their rows and their rows of the partial sums; finish() then
+// writes the sums over rows of the columns of its range.
 void run(const NormForward&, Range rows);
 void run(const NormBackward&, Range chunks);
 void finish(const NormBackward&, Range cols);

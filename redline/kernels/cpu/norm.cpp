@@ -3,8 +3,7 @@
 // a [cols] row of the workspace.
 #include "redline/kernels/cpu/norm.h"
 
-#include "redline/kernels/cpu/column_sums.h"
-#include "redline/kernels/cpu/elements.h"
+#include "redline/kernels/cpu/dropout.h"
 
 namespace redline::cpu::REDLINE_ISA {
 namespace {
@@ -101,7 +100,7 @@ Statistics<Acc> row_statistics(RowReader<Acc>& x, int64_t cols, Norm norm, doubl
     });
   });
   const Acc variance = squares / static_cast<Acc>(cols);
-  return {mean, 1 / static_cast<Acc>(sqrt(variance + static_cast<Acc>(epsilon)))};
+  return {mean, 1 / static_cast<Acc>(::sqrt(variance + static_cast<Acc>(epsilon)))};
 }
 
 template <typename Acc>
@@ -109,6 +108,9 @@ void forward_rows(const NormForward& args, Range rows) {
   const int64_t cols = args.x.sizes[1];
   const int64_t counted = counted_rows(args.row_count, args.x.sizes[0]);
   const TensorView& source = args.residual ? args.sum : args.x;
+  const bool drops = args.input_bias || args.rng_state;
+  const BiasDropoutAddForward dropped = drops ? input_sum(args) : BiasDropoutAddForward{};
+  if (rows.begin == 0) store_state(dropped);
   Affine<Acc> affine(args.weight, args.bias, args.zero_centered);
   Block<Acc> x_block, y_block;
   for (int64_t row = rows.begin; row < rows.end; ++row) {
@@ -118,7 +120,11 @@ void forward_rows(const NormForward& args, Range rows) {
       if (!args.statistics_given) store_statistics<Acc>(args, row, {});
       continue;
     }
-    if (args.residual) add_row<Acc>(args, row);
+    if (drops) {
+      forward_elements<Acc>(dropped, {row * cols, (row + 1) * cols});
+    } else if (args.residual) {
+      add_row<Acc>(args, row);
+    }
     RowReader<Acc> x(source, row, x_block);
     const Statistics<Acc> found = args.statistics_given
                                       ? statistics_of<Acc>(args, row)
@@ -256,6 +262,9 @@ void backward_rows(const NormBackward& args, int64_t chunk, Range rows) {
   Affine<Acc> affine(args.weight, args.bias, args.zero_centered);
   Acc* weight_sums = begin_chunk<Acc>({args.weight_partial, args.weight_grad}, chunk);
   Acc* bias_sums = begin_chunk<Acc>({args.bias_partial, args.bias_grad}, chunk);
+  const BiasDropoutAddBackward input = input_gradient(args);
+  Acc* input_bias_sums = begin_chunk<Acc>(args.input_bias_grad, chunk);
+  const int64_t cols = args.x.sizes[1];
   BackwardRow<Acc> at{args, 0, affine, {}, {}, {}, {}, {}};
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     if (row >= counted) {
@@ -266,6 +275,9 @@ void backward_rows(const NormBackward& args, int64_t chunk, Range rows) {
     const Statistics<Acc> of = statistics_of<Acc>(args, row);
     write_x_grad(at, accumulate_row(at, of, weight_sums, bias_sums), of);
     if (args.y) write_y(at, of);
+    if (args.input_grad || input_bias_sums) {
+      backward_elements(input, {row * cols, (row + 1) * cols}, input_bias_sums);
+    }
   }
 }
 
@@ -288,6 +300,7 @@ void backward(const NormBackward& args, int64_t chunk, Range rows) {
 void finish(const NormBackward& args, Range cols) {
   finish_columns({args.weight_partial, args.weight_grad}, cols);
   finish_columns({args.bias_partial, args.bias_grad}, cols);
+  finish_columns(args.input_bias_grad, cols);
 }
 
 }  // namespace

@@ -16,6 +16,13 @@ struct Layout {
   uint32_t x, y_grad, sum_grad, x_grad, y;
 };
 
+// Where nothing stands behind x_grad.
+struct Nothing {
+  template <typename Form, int N>
+  __device__ __forceinline__ void store(uint32_t, Columns<Form::aligned>,
+                                        const float (&)[1][N]) const {}
+};
+
 struct Backward : Common {
   Matrix y_grad, sum_grad, x_grad, bias, y;  // bias: y's alone
   float* weight_partial;
@@ -23,6 +30,8 @@ struct Backward : Common {
   int64_t chunks;
   float inverse_cols;
   Layout layout;
+
+  __device__ __forceinline__ Nothing behind() const { return {}; }
 };
 
 // The bias of one vector; `bias` is left as it is where there is none.

@@ -131,10 +131,12 @@ struct RowTerms {
     });
   }
 
-  // x_grad; the residual's gradient joins before the rounding.
+  // x_grad, and what stands behind it; the residual's gradient joins before the rounding.
+  template <typename Behind>
   __device__ __forceinline__ void store(const Backward& args, uint32_t row,
                                         Columns<Form::aligned> at,
-                                        const float (&sums)[Layer ? 2 : 1]) const {
+                                        const float (&sums)[Layer ? 2 : 1],
+                                        const Behind& behind) const {
     const Loaded in = load();
     const RowGradient gradient = row_gradient<Layer>(in.of, sums, args.inverse_cols);
     float out[1][N];
@@ -146,6 +148,7 @@ struct RowTerms {
       for (int i = 0; i < N; ++i) out[0][i] += element(sum_grad, i);
     }
     store_vectors(at_row<X>(args.x_grad, row, args.layout.x_grad, 0), at, out);
+    behind.template store<Form>(row, at, out);
     if (args.y.data != nullptr) store_y(args, row, at);
   }
 

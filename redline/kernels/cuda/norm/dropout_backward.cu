@@ -1,0 +1,85 @@
+// Norm's backward behind dropout (kernels/norm.h): x_grad, the residual's gradient, is dropped
+// again where it is made, so that the gradient of forward's x costs its own bytes alone. The sums
+// over rows of an input bias's gradient take bias_dropout_add's kernel: in this one they would be a
+// third of them for layer, in registers that there are not.
+#include "redline/kernels/cuda/dropout.cuh"
+#include "redline/kernels/cuda/norm/dropout.h"
+#include "redline/kernels/cuda/norm/row_backward.cuh"
+#include "redline/kernels/cuda/sum_chunks.cuh"
+
+namespace redline::cuda {
+namespace {
+
+// The gradient of forward's x, of what x_grad is rounded to.
+struct InputGradient {
+  Matrix input_grad;
+  Dropout dropout;
+
+  template <typename Form, int N>
+  __device__ __forceinline__ void store(uint32_t row, Columns<Form::aligned> at,
+                                        const float (&x_grad)[1][N]) const {
+    const auto rounded = pack<typename Form::X>(x_grad[0]);
+    float values[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = element(rounded, i);
+    dropout.apply(Place<Form::aligned>{row, at.col, at.cols}, values);
+    store_mixed<typename Form::T>(input_grad.data, input_grad.is_float32, row * input_grad.stride,
+                                  at.col, at.cols, Form::aligned, values);
+  }
+};
+
+struct DropoutBackward : Backward {
+  InputGradient input;
+
+  __device__ __forceinline__ InputGradient behind() const {
+    return {input.input_grad, input.dropout.local()};
+  }
+};
+
+template <typename T, typename X, bool Layer>
+struct DropoutForm : Form<T, X, Layer, true> {
+  using Args = DropoutBackward;
+};
+
+// False, and nothing launched, where the kernel does not fit.
+bool launch_dropout(const NormBackward& norm, Stream stream) {
+  if (!norm.rng_state || norm.input_bias_grad.total || !is_aligned(norm)) return false;
+  const DropoutBackward args = {
+      arguments(norm, stream),
+      {matrix(norm.input_grad),
+       dropout(saved_state(norm.rng_state), true, norm.probability, norm.x.sizes[1])}};
+  bool launched = false;
+  visit_dtype<float, bfloat16, float16>("norm", norm.y_grad.dtype, [&]<typename Host>() {
+    using T = device_type<Host>;
+    visit_bool(norm.norm == Norm::layer, [&]<bool Layer>() {
+      if constexpr (sizeof(T) == 2) {
+        if (norm.x.dtype == DType::float32) {
+          launched = launch_rows<DropoutForm<T, float, Layer>>(args, stream);
+          return;
+        }
+      }
+      launched = launch_rows<DropoutForm<T, T, Layer>>(args, stream);
+    });
+  });
+  return launched;
+}
+
+}  // namespace
+
+void run_dropout(const NormBackward& norm, Stream stream) {
+  if (launch_dropout(norm, stream)) {
+    sum_parameters(norm, stream);
+    return;
+  }
+  note_choice("two kernels, one after the other: the norm's, then bias_dropout_add's");
+  NormBackward rest = norm;
+  rest.rng_state = rest.input_grad = {};
+  rest.input_bias_grad = {};
+  run(rest, stream);
+  BiasDropoutAddBackward input = input_gradient(norm);
+  // Without dropout it is x_grad, which is written once more as it is.
+  if (!input.x_grad) input.x_grad = norm.x_grad;
+  run(input, stream);
+}
+
+}  // namespace redline::cuda
