@@ -25,6 +25,7 @@ add_library(
   redline/ops/log.cpp
   redline/ops/norm_inner.cpp
   redline/ops/norm_part.cpp
+  redline/ops/norm_run.cpp
   redline/ops/philox.cpp
   redline/ops/recorder.cpp
   redline/ops/rotary_run.cpp

@@ -11,6 +11,7 @@ import cases
 import contract
 import reference
 from cases import DEVICES, DTYPES, MODEL, SMALL, randn, strided, wide
+from contract import seeded
 from redline import ops
 from tolerance import assert_close
 
@@ -27,16 +28,6 @@ def inputs(case, dtype, device):
 
 def op(x, bias, residual):
     return ops.bias_dropout_add(x, bias, residual, P)
-
-
-def seeded(function):
-    """The function from the same state of torch's generators at each call."""
-
-    def call(*args):
-        torch.manual_seed(11)
-        return function(*args)
-
-    return call
 
 
 def mask_of(seed_and_offset, shape):

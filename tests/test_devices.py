@@ -26,6 +26,10 @@ def undropped(x, bias, residual):
     return ops.bias_dropout_add(x, bias, residual, 0.0)
 
 
+def undropped_norm(x, bias, residual, weight):
+    return ops.bias_dropout_residual_rms_norm(x, bias, residual, 0.0, weight)[0]
+
+
 # name: (op, shapes of its inputs); a shape of numbers alone is of float32 data.
 FAMILIES = {
     "rms_norm": (ops.rms_norm, [(ROWS, COLS), (COLS,)]),
@@ -33,6 +37,10 @@ FAMILIES = {
     "activation": (ops.activation, [(ROWS, COLS), (COLS,)]),
     "gated_activation": (lambda x, b: ops.gated_activation(x, bias=b), [(ROWS, COLS), (COLS,)]),
     "bias_dropout_add": (undropped, [(ROWS, COLS), (COLS,), (ROWS, COLS)]),
+    "bias_dropout_residual_rms_norm": (
+        undropped_norm,
+        [(ROWS, COLS), (COLS,), (ROWS, COLS), (COLS,)],
+    ),
     "softmax": (ops.softmax, [(ROWS, COLS)]),
     "rotary": (rotate, [(7, 5, 2, 16)]),
     "cross_entropy": (

@@ -29,6 +29,12 @@ def classes(device, count):
     return torch.arange(ROWS, device=device) % count
 
 
+def dropped(device, count):
+    """x, the input bias, residual and probability, then the parameters of a norm."""
+    x, *parameters = norm(device, count)
+    return (x, parameters[0], normal(ROWS, COLS, device=device, seed=1), 0.5, *parameters)
+
+
 def step(device):
     p, g, m, v = (torch.ones(ROWS, COLS, device=device) for _ in range(4))
     return [p], [g], [m], [v], [], [torch.zeros((), device=device)]
@@ -46,6 +52,8 @@ CASES = {
         (normal(ROWS, COLS, device=d), normal(COLS, device=d), normal(ROWS, COLS, device=d), 0.5),
         {},
     ),
+    "bias_dropout_residual_layer_norm": lambda d: (dropped(d, 2), {}),
+    "bias_dropout_residual_rms_norm": lambda d: (dropped(d, 1), {}),
     "clip_coefficient": lambda d: ((torch.tensor(2.0, device=d), 1.0), {}),
     "cross_entropy": lambda d: ((normal(ROWS, COLS, device=d), classes(d, COLS)), {}),
     "embedding": lambda d: ((classes(d, 9), normal(9, COLS, device=d)), {}),

@@ -77,6 +77,10 @@ REFUSED = {
         lambda: ops.bias_dropout_add(torch.ones(3, 4), None, turned(3, 4), 0.0),
         f"bias_dropout_add: residual: sizes [3, 4] with strides [1, 3] {COPIED}",
     ),
+    "dropout and norm": (
+        lambda: ops.bias_dropout_residual_rms_norm(torch.ones(3, 4), None, turned(3, 4), 0.5),
+        f"rms_norm: residual: sizes [3, 4] with strides [1, 3] {COPIED}",
+    ),
     "softmax": (
         lambda: ops.softmax(turned(3, 4)),
         f"softmax: scores: sizes [3, 4] with strides [1, 3] {COPIED}",
@@ -220,6 +224,10 @@ NODES = {
         (1, 2, 32),
     ),
     "bias_dropout_add": (lambda x: ops.bias_dropout_add(x, None, x.detach(), 0.5), (6, 8)),
+    "bias_dropout_residual_rms_norm": (
+        lambda x: ops.bias_dropout_residual_rms_norm(x, None, x.detach(), 0.5)[0],
+        (6, 8),
+    ),
     "embedding": (lambda w: ops.embedding(torch.arange(6, device=w.device), w), (6, 8)),
 }
 

@@ -47,6 +47,11 @@ def norms(width, dtype):
     both(ops.layer_norm, x, weight, bias)
     both(ops.residual_rms_norm, x, residual, weight)
     both(ops.residual_layer_norm, x, residual, weight, bias)
+    both(
+        lambda a, b, w: ops.bias_dropout_residual_rms_norm(a, None, b, 0.5, w), x, residual, weight
+    )
+    dropped = ops.bias_dropout_residual_layer_norm
+    both(lambda a, i, b, w, c: dropped(a, i, b, 0.5, w, c), x, weight, residual, weight, bias)
 
 
 def rows(width, dtype):

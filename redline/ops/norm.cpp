@@ -19,55 +19,70 @@ using torch::autograd::variable_list;
 struct NormFunction {
   // Returns {y}, or {y, sum} when there is a residual.
   static variable_list forward(AutogradContext* ctx, const Tensor& x,
-                               const OptionalTensor& residual, const OptionalTensor& weight,
-                               const OptionalTensor& bias, const OptionalTensor& row_count,
-                               const NormInputs& in) {
+                               const OptionalTensor& residual, const OptionalTensor& input_bias,
+                               const OptionalTensor& weight, const OptionalTensor& bias,
+                               const OptionalTensor& row_count, const NormInputs& in) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const NormOutputs out = norm_forward(x, in);
     ctx->save_for_backward({residual ? out.sum : x, value(weight), value(bias), out.mean,
-                            out.inverse_std, value(row_count)});
+                            out.inverse_std, value(row_count), value(input_bias), out.rng_state});
     ctx->saved_data["layer"] = in.norm == Norm::layer;
     ctx->saved_data["zero_centered"] = in.zero_centered;
     ctx->saved_data["x_dtype"] = x.scalar_type();
     ctx->saved_data["has_residual"] = residual.has_value();
+    if (out.rng_state.defined()) ctx->saved_data["dropout"] = in.dropout;
     ctx->set_materialize_grads(false);
     if (residual) return {out.y, out.sum};
     return {out.y};
   }
 
-  // Inputs of forward in order: x, residual, weight, bias, row_count, in. The graph has edges for
-  // the tensors that were given.
+  // Inputs of forward in order: x, residual, input_bias, weight, bias, row_count, in. The graph has
+  // edges for the tensors that were given.
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const BelowAutograd below(grads);
-    const Tensor &x = saved[0], &weight = saved[1], &bias = saved[2];
+    const Tensor &weight = saved[1], &bias = saved[2], &input_bias = saved[6];
     const bool has_residual = ctx->saved_data["has_residual"].toBool();
     const auto x_dtype = ctx->saved_data["x_dtype"].toScalarType();
     int64_t edge = has_residual ? 2 : 1;
+    const bool needs_input_bias = input_bias.defined() && ctx->needs_input_grad(edge);
+    edge += input_bias.defined();
     const bool needs_weight = weight.defined() && ctx->needs_input_grad(edge);
     edge += weight.defined();
     const bool needs_bias = bias.defined() && ctx->needs_input_grad(edge);
     const Tensor sum_grad = has_residual ? grads[1] : Tensor();
-    if (!grads[0].defined()) {  // only the sum was used
-      const Tensor x_grad = sum_grad.defined() ? sum_grad.to(x_dtype) : Tensor();
-      return {x_grad, sum_grad, Tensor(), Tensor(), Tensor(), Tensor()};
-    }
-    const NormGradients out = norm_backward(
-        grads[0], x,
-        {ctx->saved_data["layer"].toBool() ? Norm::layer : Norm::rms, saved[3], saved[4],
-         optional(weight), optional(bias), optional(sum_grad), optional(saved[5]),
-         ctx->saved_data["zero_centered"].toBool(), needs_weight, needs_bias});
-    return {out.x.to(x_dtype),
+    if (!grads[0].defined() && !sum_grad.defined()) return variable_list(7);
+    const NormBackwardInputs in = {
+        .norm = ctx->saved_data["layer"].toBool() ? Norm::layer : Norm::rms,
+        .mean = saved[3],
+        .inverse_std = saved[4],
+        .weight = optional(weight),
+        .bias = optional(bias),
+        .sum_grad = optional(sum_grad),
+        .row_count = optional(saved[5]),
+        .zero_centered = ctx->saved_data["zero_centered"].toBool(),
+        .needs_weight = needs_weight && grads[0].defined(),
+        .needs_bias = needs_bias && grads[0].defined(),
+        .rng_state = saved[7],
+        .input_bias = optional(input_bias),
+        .dropout = saved[7].defined() ? ctx->saved_data["dropout"].toDouble() : 0,
+        .input_dtype = x_dtype,
+        .needs_input_bias = needs_input_bias};
+    const NormGradients out =
+        grads[0].defined() ? norm_backward(grads[0], saved[0], in) : sum_backward(sum_grad, in);
+    return {out.input.defined() ? out.input : out.x.to(x_dtype),
             has_residual ? out.x : Tensor(),
-            needs_weight ? out.weight : Tensor(),
-            needs_bias ? out.bias : Tensor(),
+            needs_input_bias ? out.input_bias : Tensor(),
+            in.needs_weight ? out.weight : Tensor(),
+            in.needs_bias ? out.bias : Tensor(),
             Tensor(),
             Tensor()};
   }
 };
 
 variable_list differentiable(const Tensor& x, const NormInputs& in) {
-  return StrictNode<NormFunction>::apply(x, in.residual, in.weight, in.bias, in.row_count, in);
+  return StrictNode<NormFunction>::apply(x, in.residual, in.input_bias, in.weight, in.bias,
+                                         in.row_count, in);
 }
 
 }  // namespace
@@ -102,7 +117,32 @@ std::tuple<Tensor, Tensor> residual_layer_norm(const Tensor& x, const Tensor& re
   return op.call(x, residual, weight, bias, epsilon, zero_centered, row_count);
 }
 
+std::tuple<Tensor, Tensor> bias_dropout_residual_rms_norm(
+    const Tensor& x, const OptionalTensor& input_bias, const Tensor& residual, double probability,
+    const OptionalTensor& weight, double epsilon, bool zero_centered, bool training) {
+  static const auto op =
+      find_op<decltype(bias_dropout_residual_rms_norm)>("redline::bias_dropout_residual_rms_norm");
+  return op.call(x, input_bias, residual, probability, weight, epsilon, zero_centered, training);
+}
+
+std::tuple<Tensor, Tensor> bias_dropout_residual_layer_norm(
+    const Tensor& x, const OptionalTensor& input_bias, const Tensor& residual, double probability,
+    const OptionalTensor& weight, const OptionalTensor& bias, double epsilon, bool zero_centered,
+    bool training) {
+  static const auto op = find_op<decltype(bias_dropout_residual_layer_norm)>(
+      "redline::bias_dropout_residual_layer_norm");
+  return op.call(x, input_bias, residual, probability, weight, bias, epsilon, zero_centered,
+                 training);
+}
+
 namespace {
+
+// What is drawn with; refused outside of training too.
+double drawn(Norm norm, double probability, bool training) {
+  TORCH_CHECK(probability >= 0 && probability <= 1, name(norm),
+              ": probability: expected 0 to 1, not ", probability);
+  return training ? probability : 0;
+}
 
 // The public ops of one dispatch key: `Run` takes x and Inputs and returns {y} or {y, sum}.
 template <variable_list (*Run)(const Tensor&, const NormInputs&)>
@@ -131,11 +171,44 @@ struct Public {
         Run(x, {Norm::layer, residual, weight, bias, row_count, epsilon, zero_centered});
     return {out[0], out[1]};
   }
+  static std::tuple<Tensor, Tensor> dropout_rms(const Tensor& x, const OptionalTensor& input_bias,
+                                                const Tensor& residual, double probability,
+                                                const OptionalTensor& weight, double epsilon,
+                                                bool zero_centered, bool training) {
+    const auto out = Run(x, {Norm::rms,
+                             residual,
+                             weight,
+                             {},
+                             {},
+                             epsilon,
+                             zero_centered,
+                             input_bias,
+                             drawn(Norm::rms, probability, training)});
+    return {out[0], out[1]};
+  }
+  static std::tuple<Tensor, Tensor> dropout_layer(const Tensor& x, const OptionalTensor& input_bias,
+                                                  const Tensor& residual, double probability,
+                                                  const OptionalTensor& weight,
+                                                  const OptionalTensor& bias, double epsilon,
+                                                  bool zero_centered, bool training) {
+    const auto out = Run(x, {Norm::layer,
+                             residual,
+                             weight,
+                             bias,
+                             {},
+                             epsilon,
+                             zero_centered,
+                             input_bias,
+                             drawn(Norm::layer, probability, training)});
+    return {out[0], out[1]};
+  }
   static void implement(torch::Library& m) {
     m.impl("rms_norm", rms);
     m.impl("layer_norm", layer);
     m.impl("residual_rms_norm", residual_rms);
     m.impl("residual_layer_norm", residual_layer);
+    m.impl("bias_dropout_residual_rms_norm", dropout_rms);
+    m.impl("bias_dropout_residual_layer_norm", dropout_layer);
   }
 };
 
@@ -151,6 +224,12 @@ variable_list in_float32(const Tensor& x, const NormInputs& in) {
     return at::autocast::cached_cast(at::kFloat, tensor, c10::DeviceType::CUDA);
   };
   const Tensor wide = at::autocast::cached_cast(at::kFloat, x, c10::DeviceType::CUDA);
+  if (in.input_bias || in.dropout > 0) {
+    const auto [y, sum] = bias_dropout_residual_layer_norm(
+        wide, cast(in.input_bias), *cast(in.residual), in.dropout, cast(in.weight), cast(in.bias),
+        in.epsilon, in.zero_centered, /*training=*/true);
+    return {y, sum};
+  }
   if (in.residual) {
     const auto [y, sum] =
         residual_layer_norm(wide, *cast(in.residual), cast(in.weight), cast(in.bias), in.epsilon,
@@ -162,9 +241,10 @@ variable_list in_float32(const Tensor& x, const NormInputs& in) {
 }
 
 void implement_autocast_cuda(torch::Library& m) {
-  ignore_autocast(m, {"rms_norm", "residual_rms_norm"});
+  ignore_autocast(m, {"rms_norm", "residual_rms_norm", "bias_dropout_residual_rms_norm"});
   m.impl("layer_norm", Public<in_float32>::layer);
   m.impl("residual_layer_norm", Public<in_float32>::residual_layer);
+  m.impl("bias_dropout_residual_layer_norm", Public<in_float32>::dropout_layer);
 }
 
 }  // namespace
@@ -183,10 +263,22 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
       "residual_layer_norm(Tensor x, Tensor residual, Tensor? weight=None, Tensor? bias=None, "
       "float epsilon=1e-5, bool zero_centered=False, *, Tensor? row_count=None) "
       "-> (Tensor y, Tensor sum)");
+  const std::vector<at::Tag> random = {at::Tag::nondeterministic_seeded};
+  m.def(
+      "bias_dropout_residual_rms_norm(Tensor x, Tensor? input_bias, Tensor residual, "
+      "float probability, Tensor? weight=None, float epsilon=1e-5, bool zero_centered=False, *, "
+      "bool training=True) -> (Tensor y, Tensor sum)",
+      random);
+  m.def(
+      "bias_dropout_residual_layer_norm(Tensor x, Tensor? input_bias, Tensor residual, "
+      "float probability, Tensor? weight=None, Tensor? bias=None, float epsilon=1e-5, "
+      "bool zero_centered=False, *, bool training=True) -> (Tensor y, Tensor sum)",
+      random);
 }
 
 const Registration registration({
-    .public_ops = {"rms_norm", "layer_norm", "residual_rms_norm", "residual_layer_norm"},
+    .public_ops = {"rms_norm", "layer_norm", "residual_rms_norm", "residual_layer_norm",
+                   "bias_dropout_residual_rms_norm", "bias_dropout_residual_layer_norm"},
     .without_derivative = Public<without_derivative>::implement,
     .differentiable = Public<differentiable>::implement,
     .autocast_cuda = implement_autocast_cuda,

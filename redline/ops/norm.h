@@ -1,7 +1,7 @@
-// RMSNorm and LayerNorm, alone and with the residual added first (formulas: kernels/norm.h).
-// x is [..., cols]; weight and bias are [cols], of x's dtype or float32. Kept for backward: x (the
-// sum, with a residual) and one float32 per row (layer: two). Refuses what does not fit with
-// redline::Error or c10::Error before any memory is touched.
+// RMSNorm and LayerNorm, alone, with the residual added first, and with bias and dropout before
+// that (formulas: kernels/norm.h). x is [..., cols]; weight and bias are [cols], of x's dtype or
+// float32. Kept for backward: x (the sum, with a residual) and one float32 per row (layer: two).
+// Refuses what does not fit with redline::Error or c10::Error before any memory is touched.
 #pragma once
 
 #include "redline/ops/torch.h"
@@ -27,5 +27,18 @@ std::tuple<at::Tensor, at::Tensor> residual_layer_norm(
     const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& bias, double epsilon = 1e-5, bool zero_centered = false,
     const std::optional<at::Tensor>& row_count = {});
+
+// {norm(sum), sum = residual + dropout(x + input_bias)}: the sum as bias_dropout_add draws and
+// makes it, bit for bit. input_bias: [cols], x's dtype or float32. Kept besides: two int64.
+std::tuple<at::Tensor, at::Tensor> bias_dropout_residual_rms_norm(
+    const at::Tensor& x, const std::optional<at::Tensor>& input_bias, const at::Tensor& residual,
+    double probability, const std::optional<at::Tensor>& weight, double epsilon = 1e-5,
+    bool zero_centered = false, bool training = true);
+
+std::tuple<at::Tensor, at::Tensor> bias_dropout_residual_layer_norm(
+    const at::Tensor& x, const std::optional<at::Tensor>& input_bias, const at::Tensor& residual,
+    double probability, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& bias, double epsilon = 1e-5, bool zero_centered = false,
+    bool training = true);
 
 }  // namespace redline::ops

@@ -1,6 +1,6 @@
 #include "redline/ops/norm_inner.h"
 
-#include "redline/kernels/column_sums.h"
+#include "redline/ops/norm_run.h"
 #include "redline/ops/registration.h"
 #include "redline/ops/run.h"
 
@@ -10,123 +10,23 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// One statistic per row: the leading sizes of x, kept symbolic.
-Tensor empty_statistic(const Tensor& x) {
-  return at::empty_symint(x.sym_sizes().slice(0, x.dim() - 1),
-                          x.options().dtype(accumulation_type(x)));
-}
-
-void check_input(Norm norm, const Tensor& x) {
-  TORCH_CHECK(x.dim() >= 1, name(norm), ": x: expected at least one dimension, not a scalar");
-  TORCH_CHECK(at::isFloatingType(x.scalar_type()), name(norm),
-              ": x: expected a floating dtype, not ", x.scalar_type());
-}
-
-NormOutputs forward(const Tensor& x, const NormInputs& in) {
-  const char* op = name(in.norm);
-  check_input(in.norm, x);
-  check_devices(op, x,
-                {{"residual", in.residual},
-                 {"weight", in.weight},
-                 {"bias", in.bias},
-                 {"row_count", in.row_count}});
-  if (in.residual) {
-    TORCH_CHECK(in.residual->sym_sizes() == x.sym_sizes(), op, ": residual: expected ",
-                x.sym_sizes(), ", not ", in.residual->sym_sizes());
-  }
-  NormOutputs out;
-  out.y = empty_contiguous(x);
-  out.sum = in.residual ? empty_contiguous(*in.residual) : Tensor();
-  out.mean = in.norm == Norm::layer ? empty_statistic(x) : Tensor();
-  out.inverse_std = empty_statistic(x);
-  if (x.is_meta()) return out;
-  const Tensor x_rows = with_rows(op, "x", x);
-  const OptionalTensor residual = with_rows(op, "residual", in.residual),
-                       weight = contiguous(op, "weight", in.weight),
-                       bias = contiguous(op, "bias", in.bias);
-  const NormForward args{.norm = in.norm,
-                         .x = view_rows(x_rows),
-                         .residual = view_rows(residual),
-                         .weight = view(weight),
-                         .bias = view(bias),
-                         .y = view_rows(out.y),
-                         .sum = in.residual ? view_rows(out.sum) : TensorView{},
-                         .mean = view_vector(optional(out.mean)),
-                         .inverse_std = view_vector(out.inverse_std),
-                         .row_count = view(in.row_count),
-                         .quantized = {},
-                         .epsilon = in.epsilon,
-                         .zero_centered = in.zero_centered};
-  run_rows(x, args, args.x.sizes[0], args.x.sizes[1]);
-  return out;
-}
-
-int64_t chunk_count(const Tensor& y_grad, const TensorView& rows) {
-  if constexpr (with_cuda) {
-    if (y_grad.is_cuda()) {
-      return cuda::norm_chunks(rows.dtype, rows.sizes[0], rows.sizes[1],
-                               stream_of(y_grad).capability);
-    }
-  }
-  return cpu::column_chunks(rows.sizes[0], rows.sizes[1]);
-}
-
-Tensor partial_sums(const Tensor& x, int64_t chunks, bool needed) {
-  if (!needed) return {};
-  return at::empty({chunks, x.size(-1)}, x.options().dtype(accumulation_type(x)));
-}
-
-NormGradients backward(const Tensor& y_grad, const Tensor& x, const NormBackwardInputs& in) {
-  const char* op = name(in.norm);
-  check_input(in.norm, x);
-  check_devices(op, x, {{"y_grad", y_grad}, {"weight", in.weight}, {"sum_grad", in.sum_grad}});
-  NormGradients out;
-  out.x = empty_contiguous(x);
-  out.weight = empty_gradient(op, "weight", in.weight, in.needs_weight);
-  out.bias = empty_gradient(op, "bias", in.bias, in.needs_bias);
-  if (in.needs_y) {
-    out.y = empty_contiguous(x, y_grad.scalar_type());
-  }
-  if (x.is_meta()) return out;
-  const Tensor x_rows = with_rows(op, "x", x), y_grad_rows = with_rows(op, "y_grad", y_grad),
-               inverse_std = contiguous(op, "inverse_std", in.inverse_std);
-  const OptionalTensor weight = contiguous(op, "weight", in.weight),
-                       mean = contiguous(op, "mean", optional(in.mean)),
-                       sum_grad = with_rows(op, "sum_grad", in.sum_grad),
-                       bias = in.needs_y ? contiguous(op, "bias", in.bias) : std::nullopt;
-  const int64_t chunks = chunk_count(y_grad, view_rows(y_grad_rows));
-  const Tensor weight_partial = partial_sums(x, chunks, in.needs_weight);
-  const Tensor bias_partial = partial_sums(x, chunks, in.needs_bias);
-  const NormBackward args{.norm = in.norm,
-                          .y_grad = view_rows(y_grad_rows),
-                          .x = view_rows(x_rows),
-                          .weight = view(weight),
-                          .mean = view_vector(mean),
-                          .inverse_std = view_vector(inverse_std),
-                          .sum_grad = view_rows(sum_grad),
-                          .row_count = view(in.row_count),
-                          .x_grad = view_rows(out.x),
-                          .bias = view(bias),
-                          .y = view_rows(out.y),
-                          .weight_partial = view(weight_partial),
-                          .bias_partial = view(bias_partial),
-                          .weight_grad = in.needs_weight ? view(out.weight) : TensorView{},
-                          .bias_grad = in.needs_bias ? view(out.bias) : TensorView{},
-                          .zero_centered = in.zero_centered};
-  if (run_on_cuda(x, args)) return out;
-  parallel_ranges(chunks, 1, unit_of_chunks, [&](Range range) { run(args, range); });
-  parallel_ranges(args.x.sizes[1], 4096, unit_of_sums, [&](Range cols) { finish(args, cols); });
-  return out;
-}
-
 // --- inner ops ----------------------------------------------------------------------------------
+
+Norm norm_from(std::string_view kind) {
+  TORCH_CHECK(kind == name(Norm::rms) || kind == name(Norm::layer),
+              "bias_dropout_residual_norm: norm: expected rms_norm or layer_norm, not ", kind);
+  return kind == name(Norm::rms) ? Norm::rms : Norm::layer;
+}
+
+// In place of a state of random numbers, where nothing is dropped.
+Tensor no_state(const Tensor& like) { return at::empty({0}, like.options().dtype(at::kLong)); }
 
 std::tuple<Tensor, Tensor, Tensor> rms_norm_forward(const Tensor& x, const OptionalTensor& residual,
                                                     const OptionalTensor& weight, double epsilon,
                                                     bool zero_centered,
                                                     const OptionalTensor& row_count) {
   const NormOutputs out =
-      forward(x, {Norm::rms, residual, weight, {}, row_count, epsilon, zero_centered});
+      run_norm_forward(x, {Norm::rms, residual, weight, {}, row_count, epsilon, zero_centered});
   return {out.y, out.sum, out.inverse_std};
 }
 
@@ -137,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x,
                                                               double epsilon, bool zero_centered,
                                                               const OptionalTensor& row_count) {
   const NormOutputs out =
-      forward(x, {Norm::layer, residual, weight, bias, row_count, epsilon, zero_centered});
+      run_norm_forward(x, {Norm::layer, residual, weight, bias, row_count, epsilon, zero_centered});
   return {out.y, out.sum, out.mean, out.inverse_std};
 }
 
@@ -146,17 +46,17 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& y_grad, const Tensor&
                                              const Tensor& inverse_rms,
                                              const OptionalTensor& sum_grad, bool zero_centered,
                                              const OptionalTensor& row_count, bool needs_weight) {
-  const NormGradients out = backward(y_grad, x,
-                                     {Norm::rms,
-                                      {},
-                                      inverse_rms,
-                                      weight,
-                                      {},
-                                      sum_grad,
-                                      row_count,
-                                      zero_centered,
-                                      needs_weight,
-                                      false});
+  const NormGradients out = run_norm_backward(y_grad, x,
+                                              {Norm::rms,
+                                               {},
+                                               inverse_rms,
+                                               weight,
+                                               {},
+                                               sum_grad,
+                                               row_count,
+                                               zero_centered,
+                                               needs_weight,
+                                               false});
   return {out.x, out.weight};
 }
 
@@ -164,9 +64,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
     const Tensor& y_grad, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
     const Tensor& mean, const Tensor& inverse_std, const OptionalTensor& sum_grad,
     bool zero_centered, const OptionalTensor& row_count, bool needs_weight, bool needs_bias) {
-  const NormGradients out = backward(y_grad, x,
-                                     {Norm::layer, mean, inverse_std, weight, bias, sum_grad,
-                                      row_count, zero_centered, needs_weight, needs_bias});
+  const NormGradients out =
+      run_norm_backward(y_grad, x,
+                        {Norm::layer, mean, inverse_std, weight, bias, sum_grad, row_count,
+                         zero_centered, needs_weight, needs_bias});
   return {out.x, out.weight, out.bias};
 }
 
@@ -175,50 +76,81 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward_rebuild(
     const Tensor& y_grad, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& mean, const Tensor& inverse_std, const OptionalTensor& sum_grad,
     bool zero_centered, bool needs_weight, bool needs_bias) {
-  const NormGradients out = backward(y_grad, x,
-                                     {mean ? Norm::layer : Norm::rms,
-                                      value(mean),
-                                      inverse_std,
-                                      weight,
-                                      bias,
-                                      sum_grad,
-                                      {},
-                                      zero_centered,
-                                      needs_weight,
-                                      needs_bias,
-                                      true});
+  const NormGradients out = run_norm_backward(y_grad, x,
+                                              {mean ? Norm::layer : Norm::rms,
+                                               value(mean),
+                                               inverse_std,
+                                               weight,
+                                               bias,
+                                               sum_grad,
+                                               {},
+                                               zero_centered,
+                                               needs_weight,
+                                               needs_bias,
+                                               true});
   return {out.x, out.weight, out.bias, out.y};
 }
 
 Tensor rebuild(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                const OptionalTensor& mean, const Tensor& inverse_std, bool zero_centered,
                at::ScalarType dtype) {
-  const Norm norm = mean ? Norm::layer : Norm::rms;
-  check_input(norm, x);
-  check_devices(name(norm), x, {{"weight", weight}, {"bias", bias}, {"inverse_std", inverse_std}});
-  const Tensor y = empty_contiguous(x, dtype);
-  if (x.is_meta()) return y;
-  const char* op = name(norm);
-  const Tensor x_rows = with_rows(op, "x", x),
-               rows_inverse_std = contiguous(op, "inverse_std", inverse_std);
-  const OptionalTensor weight_vector = contiguous(op, "weight", weight),
-                       bias_vector = contiguous(op, "bias", bias),
-                       rows_mean = contiguous(op, "mean", mean);
-  const NormForward args{.norm = norm,
-                         .x = view_rows(x_rows),
-                         .residual = {},
-                         .weight = view(weight_vector),
-                         .bias = view(bias_vector),
-                         .y = view_rows(y),
-                         .sum = {},
-                         .mean = view_vector(rows_mean),
-                         .inverse_std = view_vector(rows_inverse_std),
-                         .row_count = {},
-                         .quantized = {},
-                         .zero_centered = zero_centered,
-                         .statistics_given = true};
-  run_rows(x, args, args.x.sizes[0], args.x.sizes[1]);
-  return y;
+  return run_norm_rebuild(x,
+                          {.norm = mean ? Norm::layer : Norm::rms,
+                           .mean = value(mean),
+                           .inverse_std = inverse_std,
+                           .weight = weight,
+                           .bias = bias,
+                           .sum_grad = {},
+                           .row_count = {},
+                           .zero_centered = zero_centered,
+                           .needs_weight = false,
+                           .needs_bias = false},
+                          dtype);
+}
+
+// Of either norm, by its name; the probability is 0 where nothing is drawn. mean: layer's.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dropout_forward(
+    const Tensor& x, const OptionalTensor& input_bias, const Tensor& residual,
+    const OptionalTensor& weight, const OptionalTensor& bias, std::string_view norm, double epsilon,
+    bool zero_centered, double probability) {
+  const NormOutputs out = run_norm_forward(x, {.norm = norm_from(norm),
+                                               .residual = residual,
+                                               .weight = weight,
+                                               .bias = bias,
+                                               .row_count = {},
+                                               .epsilon = epsilon,
+                                               .zero_centered = zero_centered,
+                                               .input_bias = input_bias,
+                                               .dropout = probability});
+  return {out.y, out.sum, out.mean, out.inverse_std,
+          out.rng_state.defined() ? out.rng_state : no_state(x)};
+}
+
+// x_grad: with dropout alone, otherwise it is residual_grad.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dropout_backward(
+    const Tensor& y_grad, const Tensor& sum, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& mean, const Tensor& inverse_std,
+    const OptionalTensor& sum_grad, bool zero_centered, const Tensor& rng_state,
+    const OptionalTensor& input_bias, double probability, at::ScalarType x_dtype, bool needs_weight,
+    bool needs_bias, bool needs_input_bias, bool needs_y) {
+  const NormGradients out = run_norm_backward(y_grad, sum,
+                                              {.norm = mean ? Norm::layer : Norm::rms,
+                                               .mean = value(mean),
+                                               .inverse_std = inverse_std,
+                                               .weight = weight,
+                                               .bias = bias,
+                                               .sum_grad = sum_grad,
+                                               .row_count = {},
+                                               .zero_centered = zero_centered,
+                                               .needs_weight = needs_weight,
+                                               .needs_bias = needs_bias,
+                                               .needs_y = needs_y,
+                                               .rng_state = rng_state,
+                                               .input_bias = input_bias,
+                                               .dropout = probability,
+                                               .input_dtype = x_dtype,
+                                               .needs_input_bias = needs_input_bias});
+  return {out.x, out.input, out.weight, out.bias, out.input_bias, out.y};
 }
 
 void implement(torch::Library& m) {
@@ -228,11 +160,22 @@ void implement(torch::Library& m) {
   m.impl("layer_norm_backward", layer_norm_backward);
   m.impl("norm_rebuild", rebuild);
   m.impl("norm_backward_rebuild", norm_backward_rebuild);
+  m.impl("bias_dropout_residual_norm_forward", dropout_forward);
+  m.impl("bias_dropout_residual_norm_backward", dropout_backward);
 }
 
 }  // namespace
 
 NormOutputs norm_forward(const Tensor& x, const NormInputs& in) {
+  if (in.input_bias || in.dropout > 0) {
+    TORCH_CHECK(in.residual, name(in.norm), ": residual: expected one beside dropout");
+    static const auto op =
+        find_op<decltype(dropout_forward)>("redline::bias_dropout_residual_norm_forward");
+    const auto [y, sum, mean, inverse_std, rng_state] =
+        op.call(x, in.input_bias, *in.residual, in.weight, in.bias, name(in.norm), in.epsilon,
+                in.zero_centered, in.dropout);
+    return {y, sum, mean, inverse_std, rng_state};
+  }
   if (in.norm == Norm::rms) {
     static const auto op = find_op<decltype(rms_norm_forward)>("redline::rms_norm_forward");
     const auto [y, sum, inverse_rms] =
@@ -246,6 +189,20 @@ NormOutputs norm_forward(const Tensor& x, const NormInputs& in) {
 }
 
 NormGradients norm_backward(const Tensor& y_grad, const Tensor& x, const NormBackwardInputs& in) {
+  if (in.needs_input_bias || in.dropout > 0) {
+    static const auto op =
+        find_op<decltype(dropout_backward)>("redline::bias_dropout_residual_norm_backward");
+    const auto [x_grad, input_grad, weight_grad, bias_grad, input_bias_grad, y] =
+        op.call(y_grad, x, in.weight, in.bias, optional(in.mean), in.inverse_std, in.sum_grad,
+                in.zero_centered, in.rng_state, in.input_bias, in.dropout, in.input_dtype,
+                in.needs_weight, in.needs_bias, in.needs_input_bias, in.needs_y);
+    return {.x = x_grad,
+            .weight = weight_grad,
+            .bias = bias_grad,
+            .y = y,
+            .input = input_grad,
+            .input_bias = input_bias_grad};
+  }
   if (in.needs_y) {
     static const auto op =
         find_op<decltype(norm_backward_rebuild)>("redline::norm_backward_rebuild");
@@ -265,6 +222,16 @@ NormGradients norm_backward(const Tensor& y_grad, const Tensor& x, const NormBac
       op.call(y_grad, x, in.weight, in.bias, in.mean, in.inverse_std, in.sum_grad, in.zero_centered,
               in.row_count, in.needs_weight, in.needs_bias);
   return {x_grad, weight_grad, bias_grad};
+}
+
+NormGradients sum_backward(const Tensor& sum_grad, const NormBackwardInputs& in) {
+  if (!in.needs_input_bias && in.dropout == 0) return {.x = sum_grad};
+  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&,
+                                               at::ScalarType, double, bool);
+  static const auto op = find_op<Signature>("redline::bias_dropout_add_backward");
+  const auto [input_grad, input_bias_grad] = op.call(
+      sum_grad, in.rng_state, in.input_bias, in.input_dtype, in.dropout, in.needs_input_bias);
+  return {.x = sum_grad, .input = input_grad, .input_bias = input_bias_grad};
 }
 
 Tensor norm_rebuild(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -298,11 +265,25 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
       "Tensor inverse_std, Tensor? sum_grad, bool zero_centered, Tensor? row_count, "
       "bool needs_weight, bool needs_bias) "
       "-> (Tensor x_grad, Tensor weight_grad, Tensor bias_grad)");
+  m.def(
+      "bias_dropout_residual_norm_forward(Tensor x, Tensor? input_bias, Tensor residual, "
+      "Tensor? weight, Tensor? bias, str norm, float epsilon, bool zero_centered, "
+      "float probability) "
+      "-> (Tensor y, Tensor sum, Tensor mean, Tensor inverse_std, Tensor rng_state)",
+      {at::Tag::nondeterministic_seeded});
+  m.def(
+      "bias_dropout_residual_norm_backward(Tensor y_grad, Tensor sum, Tensor? weight, "
+      "Tensor? bias, Tensor? mean, Tensor inverse_std, Tensor? sum_grad, bool zero_centered, "
+      "Tensor rng_state, Tensor? input_bias, float probability, ScalarType x_dtype, "
+      "bool needs_weight, bool needs_bias, bool needs_input_bias, bool needs_y) "
+      "-> (Tensor residual_grad, Tensor x_grad, Tensor weight_grad, Tensor bias_grad, "
+      "Tensor input_bias_grad, Tensor y)");
 }
 
 const Registration registration({
     .inner_ops = {"rms_norm_forward", "rms_norm_backward", "layer_norm_forward",
-                  "layer_norm_backward", "norm_rebuild", "norm_backward_rebuild"},
+                  "layer_norm_backward", "norm_rebuild", "norm_backward_rebuild",
+                  "bias_dropout_residual_norm_forward", "bias_dropout_residual_norm_backward"},
     .inner = implement,
 });
 

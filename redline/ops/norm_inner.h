@@ -12,10 +12,14 @@ struct NormInputs {
   std::optional<at::Tensor> residual, weight, bias, row_count;
   double epsilon;
   bool zero_centered;
+  // With a residual: residual + dropout(x + input_bias) is normalised.
+  std::optional<at::Tensor> input_bias = {};
+  double dropout = 0;  // the probability; 0 where nothing is drawn
 };
 
+// mean: layer alone. rng_state: [2] int64, or [0] or undefined where nothing is dropped.
 struct NormOutputs {
-  at::Tensor y = {}, sum = {}, mean = {}, inverse_std = {};  // mean: layer alone
+  at::Tensor y = {}, sum = {}, mean = {}, inverse_std = {}, rng_state = {};
 };
 
 struct NormBackwardInputs {
@@ -24,11 +28,19 @@ struct NormBackwardInputs {
   std::optional<at::Tensor> weight, bias, sum_grad, row_count;
   bool zero_centered, needs_weight, needs_bias;
   bool needs_y = false;
+  // As forward had them; rng_state undefined where nothing was dropped.
+  at::Tensor rng_state = {};
+  std::optional<at::Tensor> input_bias = {};
+  double dropout = 0;
+  at::ScalarType input_dtype = at::kFloat;
+  bool needs_input_bias = false;
 };
 
 struct NormGradients {
-  at::Tensor x, weight, bias;
-  at::Tensor y = {};  // forward's once more, its bits, of y_grad's dtype
+  at::Tensor x = {}, weight = {}, bias = {};  // x: the normalised tensor's, and the residual's
+  at::Tensor y = {};                          // forward's once more, its bits, of y_grad's dtype
+  at::Tensor input = {};  // forward's x's, of input_dtype; with dropout: otherwise x is
+  at::Tensor input_bias = {};
 };
 
 NormOutputs norm_forward(const at::Tensor& x, const NormInputs& in);
@@ -42,5 +54,8 @@ at::Tensor norm_rebuild(const at::Tensor& x, const std::optional<at::Tensor>& we
 // A bias and needs_y: with the same kernel, one read of x for both.
 NormGradients norm_backward(const at::Tensor& y_grad, const at::Tensor& x,
                             const NormBackwardInputs& in);
+
+// The same where the sum alone has a gradient.
+NormGradients sum_backward(const at::Tensor& sum_grad, const NormBackwardInputs& in);
 
 }  // namespace redline::ops

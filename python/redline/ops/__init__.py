@@ -14,7 +14,14 @@ from redline.ops.fused_linear_cross_entropy import fused_linear_cross_entropy
 from redline.ops.gated_activation import gated_activation, gated_activation_pair
 from redline.ops.gradient_norm import clip_coefficient, gradient_norm, scale_gradients
 from redline.ops.linear import WeightGradientQueue, linear
-from redline.ops.norm import layer_norm, residual_layer_norm, residual_rms_norm, rms_norm
+from redline.ops.norm import (
+    bias_dropout_residual_layer_norm,
+    bias_dropout_residual_rms_norm,
+    layer_norm,
+    residual_layer_norm,
+    residual_rms_norm,
+    rms_norm,
+)
 from redline.ops.norm_linear import norm_linear, norm_mlp
 from redline.ops.rotary import qkv_rotary, qkv_rotary_split, rotary
 from redline.ops.softmax import softmax
@@ -25,6 +32,8 @@ __all__ = [
     "adamw_step",
     "attention",
     "bias_dropout_add",
+    "bias_dropout_residual_layer_norm",
+    "bias_dropout_residual_rms_norm",
     "clip_coefficient",
     "cross_entropy",
     "embedding",

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm over the last axis, alone and with the residual added first."""
+"""RMSNorm and LayerNorm over the last axis, alone and behind bias, dropout and the residual."""
 
 import torch
 from torch import Tensor
@@ -75,4 +75,60 @@ def residual_layer_norm(
     """(layer_norm(x + residual), x + residual) in one pass; as `residual_rms_norm`."""
     return _ops.residual_layer_norm(
         x, residual, weight, bias, epsilon, zero_centered, row_count=row_count
+    )
+
+
+def bias_dropout_residual_rms_norm(
+    x: Tensor,
+    input_bias: Tensor | None,
+    residual: Tensor,
+    probability: float,
+    weight: Tensor | None = None,
+    epsilon: float = 1e-5,
+    zero_centered: bool = False,
+    *,
+    training: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm(s), s) with s = residual + dropout(x + input_bias) in one pass over memory.
+
+    s has the bits of ``bias_dropout_add(x, input_bias, residual, probability, training)`` from the
+    same state of torch's generator, y those of ``rms_norm(s)``; the gradients likewise. No mask is
+    kept: s, one float32 per row and two int64. Without training, or with probability 0, no number
+    is drawn.
+
+    >>> x = torch.tensor([[3.0, 4.0]])
+    >>> bias_dropout_residual_rms_norm(x, None, x, 0.5, epsilon=0.0, training=False)
+    (tensor([[0.8485, 1.1314]]), tensor([[6., 8.]]))
+    """
+    return _ops.bias_dropout_residual_rms_norm(
+        x, input_bias, residual, probability, weight, epsilon, zero_centered, training=training
+    )
+
+
+def bias_dropout_residual_layer_norm(
+    x: Tensor,
+    input_bias: Tensor | None,
+    residual: Tensor,
+    probability: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    epsilon: float = 1e-5,
+    zero_centered: bool = False,
+    *,
+    training: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """(layer_norm(s), s) with s = residual + dropout(x + input_bias) in one pass.
+
+    As `bias_dropout_residual_rms_norm`; keeps two float32 per row.
+    """
+    return _ops.bias_dropout_residual_layer_norm(
+        x,
+        input_bias,
+        residual,
+        probability,
+        weight,
+        bias,
+        epsilon,
+        zero_centered,
+        training=training,
     )
