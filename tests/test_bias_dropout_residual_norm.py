@@ -145,6 +145,19 @@ def test_float32_residual_under_bf16(norm, device):
 
 
 @devices
+def test_float32_x_beside_a_16_bit_weight(device):
+    """In norm_linear: y is rounded to the weight's dtype, the gradient of x has x's."""
+    x, residual, gain = inputs("rms_norm", (6, 40), torch.float32, device, with_bias=False)
+    leaves = (x.requires_grad_(), residual.zero_().requires_grad_())
+    weight = randn(24, 40, dtype=torch.bfloat16, device=device)
+    y, total = ops.norm_linear(x, gain, None, weight, residual=residual, dropout=0.3)
+    x_grad, residual_grad = torch.autograd.grad((y, total), leaves, (torch.ones_like(y), x))
+    assert y.dtype == torch.bfloat16 and x_grad.dtype == torch.float32
+    kept = torch.where(total != 0, residual_grad, 0.0) / 0.7
+    torch.testing.assert_close(x_grad, kept, rtol=1e-6, atol=0.0)
+
+
+@devices
 @norms
 def test_of_the_sum_alone_and_of_frozen_inputs(norm, device):
     """A gradient of the sum without one of y, of y without the sum, and of the residual alone."""

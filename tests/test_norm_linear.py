@@ -44,7 +44,7 @@ def fused(norm, **options):
     return call
 
 
-def composed(norm, return_norm_output=False, zero_centered=False):
+def composed(norm, return_norm_output=False, zero_centered=False, dropout=0.0):
     """The same by the ops one by one."""
 
     def call(x, residual, *parameters):
@@ -54,7 +54,8 @@ def composed(norm, return_norm_output=False, zero_centered=False):
         if residual is None:
             normed, *total = (getattr(ops, norm)(x, *gain, **options),)
         else:
-            normed, *total = getattr(ops, f"residual_{norm}")(x, residual, *gain, **options)
+            op = getattr(ops, f"bias_dropout_residual_{norm}")
+            normed, *total = op(x, None, residual, dropout, *gain, **options)
         return (ops.linear(normed, weight, bias), *total, *[normed] * return_norm_output)
 
     return call
@@ -62,8 +63,8 @@ def composed(norm, return_norm_output=False, zero_centered=False):
 
 def hold_to_the_composition(given, norm, ours=None, **options):
     """The same bits of every output and gradient."""
-    first = contract.gradients(fused(norm, **options, **(ours or {})), given)
-    second = contract.gradients(composed(norm, **options), given, first[2])
+    first = contract.gradients(contract.seeded(fused(norm, **options, **(ours or {}))), given)
+    second = contract.gradients(contract.seeded(composed(norm, **options)), given, first[2])
     contract.equal_bits(first[0] + first[1], second[0] + second[1])
 
 
@@ -84,7 +85,8 @@ def test_bits_of_the_options(norm, with_residual, keep, device):
     residual = torch.bfloat16 if with_residual else None
     given = inputs(((6,), 40, 24), torch.bfloat16, device, norm, residual)
     both = {"return_norm_output": True, "zero_centered": True}
-    hold_to_the_composition(given, norm, ours={"keep_normalized": keep}, **both)
+    for dropout in (0.0, 0.3 * with_residual):
+        hold_to_the_composition(given, norm, {"keep_normalized": keep}, dropout=dropout, **both)
 
 
 @pytest.mark.parametrize("cols", [64, 1000, 4096, 20000, 140001])

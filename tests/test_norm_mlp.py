@@ -57,7 +57,7 @@ def fused(kind="swiglu", norm="rms_norm", **options):
     return call
 
 
-def composed(kind="swiglu", norm="rms_norm", zero_centered=False):
+def composed(kind="swiglu", norm="rms_norm", zero_centered=False, dropout=0.0):
     """The same by the ops one by one."""
 
     def call(x, residual, *given):
@@ -67,7 +67,8 @@ def composed(kind="swiglu", norm="rms_norm", zero_centered=False):
         if residual is None:
             normed, total = getattr(ops, norm)(x, *parameters, **options), ()
         else:
-            normed, *total = getattr(ops, f"residual_{norm}")(x, residual, *parameters, **options)
+            op = getattr(ops, f"bias_dropout_residual_{norm}")
+            normed, *total = op(x, None, residual, dropout, *parameters, **options)
         up = ops.linear(normed, fc1_weight)
         if kind in GATED:
             activated = ops.gated_activation(up, kind=kind, bias=fc1_bias)
@@ -79,8 +80,8 @@ def composed(kind="swiglu", norm="rms_norm", zero_centered=False):
 
 
 def hold_to_the_composition(given, *which, **options):
-    first = contract.gradients(fused(*which, **options), given)
-    second = contract.gradients(composed(*which, **options), given, first[2])
+    first = contract.gradients(contract.seeded(fused(*which, **options)), given)
+    second = contract.gradients(contract.seeded(composed(*which, **options)), given, first[2])
     contract.equal_bits(first[0] + first[1], second[0] + second[1])
 
 
@@ -104,6 +105,8 @@ def test_bits_with_and_without_each_part(absent, kind, norm, device):
     given = inputs(((6,), 40, 24, 16), torch.bfloat16, device, kind, absent)
     hold_to_the_composition(given, kind, norm)
     hold_to_the_composition(given, kind, norm, zero_centered=True)
+    if "residual" not in absent:
+        hold_to_the_composition(given, kind, norm, dropout=0.3)
 
 
 @pytest.mark.parametrize("kind", ["swiglu", "gelu_erf"])

@@ -50,7 +50,7 @@ struct NormLinearFunction {
     NormPart::Packed packed = norm.packed();
     packed.set(has_bias_bit, bias.has_value());
     packed.set(returns_normalized_bit, options.return_norm_output);
-    ctx->saved_data["node"] = packed.value;
+    norm.save(ctx, packed);
     if (trained) save_weight_gradient(ctx, "weight", options.weight_gradient);
     ctx->set_materialize_grads(false);
     variable_list out = {product(normed.normalized, weight, bias)};
@@ -63,7 +63,7 @@ struct NormLinearFunction {
     const variable_list saved = ctx->get_saved_variables();
     const BelowAutograd below(grads);
     const NormPart::Packed packed(ctx->saved_data["node"].toInt());
-    const NormPart norm(packed);
+    const NormPart norm(packed, ctx);
     const NormKept kept = NormKept::from(saved);
     const Tensor &weight = saved[NormKept::count], &y_grad = grads[0];
     Edges edges(ctx);
@@ -106,11 +106,11 @@ Results implement(const Tensor& x, const OptionalTensor& norm_weight,
                   bool zero_centered, bool keep_normalized, bool return_norm_output,
                   const OptionalTensor& main_grad, bool accumulate, std::string dummy_grad,
                   const OptionalQueue& delayed, const std::optional<std::string>& tp_group,
-                  bool sequence_parallel) {
+                  bool sequence_parallel, double dropout) {
   check_one_rank(op_name, tp_group, sequence_parallel);
   return Run(x, {norm_weight, norm_bias}, weight, bias,
              {.residual = residual,
-              .norm = {std::string(norm), epsilon, zero_centered},
+              .norm = {std::string(norm), epsilon, zero_centered, dropout},
               .keep_normalized = keep_normalized,
               .return_norm_output = return_norm_output,
               .weight_gradient = {main_grad, accumulate, std::move(dummy_grad), delayed}});
@@ -153,10 +153,11 @@ NormLinearOutput norm_linear(const Tensor& x, const NormParameters& norm, const 
                              const OptionalTensor& bias, const Options& options) {
   static const auto op = find_op<decltype(implement<differentiable>)>("redline::norm_linear");
   const auto& [main_grad, accumulate, dummy_grad, delayed] = options.weight_gradient;
-  const auto [y, sum, normalized] = op.call(
-      x, norm.weight, norm.bias, weight, bias, options.residual, options.norm.kind,
-      options.norm.epsilon, options.norm.zero_centered, options.keep_normalized,
-      options.return_norm_output, main_grad, accumulate, dummy_grad, delayed, std::nullopt, false);
+  const auto [y, sum, normalized] =
+      op.call(x, norm.weight, norm.bias, weight, bias, options.residual, options.norm.kind,
+              options.norm.epsilon, options.norm.zero_centered, options.keep_normalized,
+              options.return_norm_output, main_grad, accumulate, dummy_grad, delayed, std::nullopt,
+              false, options.norm.dropout);
   return {y, sum, normalized};
 }
 
@@ -167,7 +168,9 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
       "bool zero_centered=False, bool keep_normalized=False, bool return_norm_output=False, "
       "Tensor? main_grad=None, bool accumulate=True, str dummy_grad=\"none\", "
       "__torch__.torch.classes.redline.WeightGradientQueue? delayed=None, str? tp_group=None, "
-      "bool sequence_parallel=False) -> (Tensor y, Tensor sum, Tensor normalized)");
+      "bool sequence_parallel=False, float dropout=0.0) "
+      "-> (Tensor y, Tensor sum, Tensor normalized)",
+      {at::Tag::nondeterministic_seeded});
 }
 
 const Registration registration({

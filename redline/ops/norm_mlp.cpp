@@ -52,12 +52,12 @@ struct Node {
     NormPart::Packed packed = norm.packed();
     packed.set(0, has_fc1_bias);
     packed.set(1, has_fc2_bias);
-    ctx->saved_data["node"] = packed.value;
+    norm.save(ctx, packed);
     ctx->saved_data["activation"] = activation;
   }
   static Node from(AutogradContext* ctx) {
     const NormPart::Packed packed(ctx->saved_data["node"].toInt());
-    return {NormPart(packed), ctx->saved_data["activation"].toStringRef(), packed.has(0),
+    return {NormPart(packed, ctx), ctx->saved_data["activation"].toStringRef(), packed.has(0),
             packed.has(1)};
   }
 };
@@ -186,12 +186,13 @@ Results implement(const Tensor& x, const OptionalTensor& norm_weight,
                   bool fc1_accumulate, std::string fc1_dummy_grad, const OptionalQueue& fc1_delayed,
                   const OptionalTensor& fc2_main_grad, bool fc2_accumulate,
                   std::string fc2_dummy_grad, const OptionalQueue& fc2_delayed,
-                  const std::optional<std::string>& tp_group, bool sequence_parallel) {
+                  const std::optional<std::string>& tp_group, bool sequence_parallel,
+                  double dropout) {
   check_one_rank(op_name, tp_group, sequence_parallel);
   return Run(
       x, {norm_weight, norm_bias}, {fc1_weight, fc1_bias, fc2_weight, fc2_bias},
       {.residual = residual,
-       .norm = {std::string(norm), epsilon, zero_centered},
+       .norm = {std::string(norm), epsilon, zero_centered, dropout},
        .activation = std::string(activation),
        .fc1_gradient = {fc1_main_grad, fc1_accumulate, std::move(fc1_dummy_grad), fc1_delayed},
        .fc2_gradient = {fc2_main_grad, fc2_accumulate, std::move(fc2_dummy_grad), fc2_delayed}});
@@ -242,11 +243,12 @@ NormMlpOutput norm_mlp(const Tensor& x, const NormParameters& norm, const MlpPar
                        const Options& options) {
   static const auto op = find_op<decltype(implement<differentiable>)>("redline::norm_mlp");
   const WeightGradientOptions &first = options.fc1_gradient, &second = options.fc2_gradient;
-  const auto [y, sum] = op.call(
-      x, norm.weight, norm.bias, mlp.fc1_weight, mlp.fc1_bias, mlp.fc2_weight, mlp.fc2_bias,
-      options.residual, options.norm.kind, options.norm.epsilon, options.norm.zero_centered,
-      options.activation, first.main_grad, first.accumulate, first.dummy_grad, first.delayed,
-      second.main_grad, second.accumulate, second.dummy_grad, second.delayed, std::nullopt, false);
+  const auto [y, sum] =
+      op.call(x, norm.weight, norm.bias, mlp.fc1_weight, mlp.fc1_bias, mlp.fc2_weight, mlp.fc2_bias,
+              options.residual, options.norm.kind, options.norm.epsilon, options.norm.zero_centered,
+              options.activation, first.main_grad, first.accumulate, first.dummy_grad,
+              first.delayed, second.main_grad, second.accumulate, second.dummy_grad, second.delayed,
+              std::nullopt, false, options.norm.dropout);
   return {y, sum};
 }
 
@@ -260,7 +262,9 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
       "__torch__.torch.classes.redline.WeightGradientQueue? fc1_delayed=None, "
       "Tensor? fc2_main_grad=None, bool fc2_accumulate=True, str fc2_dummy_grad=\"none\", "
       "__torch__.torch.classes.redline.WeightGradientQueue? fc2_delayed=None, "
-      "str? tp_group=None, bool sequence_parallel=False) -> (Tensor y, Tensor sum)");
+      "str? tp_group=None, bool sequence_parallel=False, float dropout=0.0) "
+      "-> (Tensor y, Tensor sum)",
+      {at::Tag::nondeterministic_seeded});
 }
 
 const Registration registration({

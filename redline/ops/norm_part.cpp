@@ -7,6 +7,7 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using torch::autograd::AutogradContext;
 
 Norm norm_from(const char* op, const std::string& kind) {
   TORCH_CHECK(kind == "rms_norm" || kind == "layer_norm", op,
@@ -39,6 +40,10 @@ void check_norm_part(const char* op, const Tensor& x, const OptionalTensor& resi
   TORCH_CHECK(at::isFloatingType(x.scalar_type()), op, ": x: expected a floating dtype, not ",
               x.scalar_type());
   TORCH_CHECK(options.epsilon >= 0, op, ": epsilon: expected 0 or more, not ", options.epsilon);
+  TORCH_CHECK(options.dropout >= 0 && options.dropout <= 1, op, ": dropout: expected 0 to 1, not ",
+              options.dropout);
+  TORCH_CHECK(residual || options.dropout == 0, op,
+              ": dropout: expected 0 without a residual, not ", options.dropout);
   check_parameter(op, "norm_weight", parameters.weight, x);
   check_parameter(op, "norm_bias", parameters.bias, x);
   TORCH_CHECK(norm == Norm::layer || !parameters.bias, op,
@@ -60,6 +65,7 @@ NormPart::NormPart(const Tensor& x, const OptionalTensor& residual,
                    at::ScalarType dtype)
     : norm_(options.kind == "rms_norm" ? Norm::rms : Norm::layer),
       epsilon_(options.epsilon),
+      dropout_(options.dropout),
       zero_centered_(options.zero_centered),
       has_residual_(residual.has_value()),
       has_weight_(parameters.weight.has_value()),
@@ -70,9 +76,10 @@ NormPart::NormPart(const Tensor& x, const OptionalTensor& residual,
   trained_ = wants(x) || wants(residual) || wants(parameters.weight) || wants(parameters.bias);
 }
 
-// Five bits, then a byte for each dtype.
-NormPart::NormPart(Packed packed)
+// Six bits, then a byte for each dtype.
+NormPart::NormPart(Packed packed, AutogradContext* ctx)
     : norm_(packed.value & 1 ? Norm::layer : Norm::rms),
+      dropout_(packed.value & 32 ? ctx->saved_data["dropout"].toDouble() : 0),
       zero_centered_(packed.value & 2),
       has_residual_(packed.value & 4),
       has_weight_(packed.value & 8),
@@ -82,8 +89,13 @@ NormPart::NormPart(Packed packed)
 
 NormPart::Packed NormPart::packed() const {
   return Packed((norm_ == Norm::layer) | zero_centered_ << 1 | has_residual_ << 2 |
-                has_weight_ << 3 | has_bias_ << 4 | static_cast<int64_t>(x_dtype_) << 8 |
-                static_cast<int64_t>(dtype_) << 16);
+                has_weight_ << 3 | has_bias_ << 4 | (dropout_ > 0) << 5 |
+                static_cast<int64_t>(x_dtype_) << 8 | static_cast<int64_t>(dtype_) << 16);
+}
+
+void NormPart::save(AutogradContext* ctx, Packed packed) const {
+  ctx->saved_data["node"] = packed.value;
+  if (dropout_ > 0) ctx->saved_data["dropout"] = dropout_;
 }
 
 NormPart::Output NormPart::forward(const Tensor& x, const OptionalTensor& residual,
@@ -94,14 +106,16 @@ NormPart::Output NormPart::forward(const Tensor& x, const OptionalTensor& residu
                                            .bias = parameters.bias,
                                            .row_count = {},
                                            .epsilon = epsilon_,
-                                           .zero_centered = zero_centered_});
+                                           .zero_centered = zero_centered_,
+                                           .dropout = dropout_});
   return {.normalized = in_dtype(out.y, dtype_),
           .sum = has_residual_ ? out.sum : Tensor(),
           .kept = {.source = has_residual_ ? out.sum : x,
                    .weight = value(parameters.weight),
                    .bias = value(parameters.bias),
                    .mean = out.mean,
-                   .inverse_std = out.inverse_std}};
+                   .inverse_std = out.inverse_std,
+                   .rng_state = out.rng_state}};
 }
 
 Tensor NormPart::rebuild(const NormKept& kept) const {
@@ -121,27 +135,29 @@ NormPart::Needs NormPart::needs(Edges& edges) const {
 NormPart::Gradients NormPart::backward(const NormKept& kept, const Tensor& normalized_grad,
                                        const Tensor& sum_grad, const Needs& needs,
                                        bool rebuilds) const {
-  if (!needs.any() || !normalized_grad.defined()) {
-    Gradients out = {.normalized = rebuilds ? rebuild(kept) : Tensor()};
-    if (needs.any() && sum_grad.defined()) {  // only the sum was used
-      out.x = in_dtype(sum_grad, x_dtype_);
-      out.residual = sum_grad;
-    }
-    return out;
+  const NormBackwardInputs given = {.norm = norm_,
+                                    .mean = kept.mean,
+                                    .inverse_std = kept.inverse_std,
+                                    .weight = optional(kept.weight),
+                                    .bias = optional(kept.bias),
+                                    .sum_grad = optional(sum_grad),
+                                    .row_count = {},
+                                    .zero_centered = zero_centered_,
+                                    .needs_weight = needs.weight,
+                                    .needs_bias = needs.bias,
+                                    .needs_y = rebuilds,
+                                    .rng_state = kept.rng_state,
+                                    .dropout = dropout_,
+                                    .input_dtype = x_dtype_};
+  NormGradients out;
+  if (needs.any() && normalized_grad.defined()) {
+    out = norm_backward(normalized_grad, kept.source, given);
+  } else {
+    if (needs.any() && sum_grad.defined()) out = sum_backward(sum_grad, given);
+    if (rebuilds) out.y = rebuild(kept);
   }
-  const NormGradients out = norm_backward(normalized_grad, kept.source,
-                                          {.norm = norm_,
-                                           .mean = kept.mean,
-                                           .inverse_std = kept.inverse_std,
-                                           .weight = optional(kept.weight),
-                                           .bias = optional(kept.bias),
-                                           .sum_grad = optional(sum_grad),
-                                           .row_count = {},
-                                           .zero_centered = zero_centered_,
-                                           .needs_weight = needs.weight,
-                                           .needs_bias = needs.bias,
-                                           .needs_y = rebuilds});
-  return {.x = needs.x ? in_dtype(out.x, x_dtype_) : Tensor(),
+  if (needs.x && !out.input.defined() && out.x.defined()) out.input = in_dtype(out.x, x_dtype_);
+  return {.x = needs.x ? out.input : Tensor(),
           .residual = needs.residual ? out.x : Tensor(),
           .weight = needs.weight ? out.weight : Tensor(),
           .bias = needs.bias ? out.bias : Tensor(),

@@ -15,6 +15,7 @@ struct NormPartOptions {
   std::string kind = "rms_norm";  // or layer_norm
   double epsilon = 1e-5;
   bool zero_centered = false;
+  double dropout = 0;  // of x before the residual joins: the probability, 0 where nothing is drawn
 };
 
 // Throws where the kind is neither, or a tensor does not fit; `op` is what messages begin with.
@@ -37,17 +38,17 @@ class Edges {
 // The tensors that a node saves of its norm: the first of its saved variables.
 struct NormKept {
   at::Tensor source;  // x, or the sum
-  at::Tensor weight, bias, mean, inverse_std;
+  at::Tensor weight, bias, mean, inverse_std, rng_state;
 
-  static constexpr size_t count = 5;
+  static constexpr size_t count = 6;
   // The beginning of a node's list; undefined tensors where backward needs none of it.
   torch::autograd::variable_list saved(bool needed) const {
     torch::autograd::variable_list list(count);
-    if (needed) list = {source, weight, bias, mean, inverse_std};
+    if (needed) list = {source, weight, bias, mean, inverse_std, rng_state};
     return list;
   }
   static NormKept from(const torch::autograd::variable_list& saved) {
-    return {saved[0], saved[1], saved[2], saved[3], saved[4]};
+    return {saved[0], saved[1], saved[2], saved[3], saved[4], saved[5]};
   }
 };
 
@@ -55,7 +56,7 @@ class NormPart {
  public:
   struct Output {
     at::Tensor normalized;  // [..., cols] of the product's dtype
-    at::Tensor sum;         // x + residual, with one
+    at::Tensor sum;         // residual + dropout(x), with one
     NormKept kept;
   };
 
@@ -73,8 +74,10 @@ class NormPart {
     bool has(int bit) const { return value >> (own_bit + bit) & 1; }
     void set(int bit, bool on) { value |= static_cast<int64_t>(on) << (own_bit + bit); }
   };
-  explicit NormPart(Packed packed);
   Packed packed() const;
+  // `packed` with the node's bits, and the dropout where there is one.
+  void save(torch::autograd::AutogradContext* ctx, Packed packed) const;
+  NormPart(Packed packed, torch::autograd::AutogradContext* ctx);
 
   // Below autograd.
   Output forward(const at::Tensor& x, const std::optional<at::Tensor>& residual,
@@ -105,6 +108,7 @@ class NormPart {
 
   Norm norm_;
   double epsilon_ = 0;  // forward's alone
+  double dropout_ = 0;
   bool zero_centered_, has_residual_, has_weight_, has_bias_, trained_ = false;
   at::ScalarType x_dtype_, dtype_;
 };

@@ -37,13 +37,15 @@ def norm_linear(
     delayed: WeightGradientQueue | None = None,
     tp_group: str | None = None,
     sequence_parallel: bool = False,
+    dropout: float = 0.0,
 ) -> Tensor | tuple[Tensor, ...]:
     """norm(x) W^T + bias as one node, with the bits of `rms_norm` or `layer_norm`, then `linear`.
 
     x: [..., in]; norm_weight, norm_bias: [in], of x's dtype or float32; weight: [out, in] and bias:
     [out], of x's dtype, or of 16 bits beside a float32 x. residual: added to x first, as in
-    `residual_rms_norm`. Returns y: [..., out]; behind it x + residual, with a residual; behind them
-    norm(x), with `return_norm_output`.
+    `residual_rms_norm`; behind dropout with that probability, where it is not 0, as in
+    `bias_dropout_residual_rms_norm`. Returns y: [..., out]; behind it the sum, with a residual;
+    behind them norm(x), with `return_norm_output`.
 
     Keeps x (or the sum) and one float32 per row (layer_norm: two); backward rebuilds norm(x) from
     them in one pass, unless `keep_normalized` keeps it too. What is frozen costs no product.
@@ -67,6 +69,7 @@ def norm_linear(
                 return_norm_output=return_norm_output,
                 tp_group=tp_group,
                 sequence_parallel=sequence_parallel,
+                dropout=dropout or None,
             ),
             **weight_gradient(main_grad, accumulate, dummy_grad, delayed),
         )
@@ -97,13 +100,14 @@ def norm_mlp(
     fc2_delayed: WeightGradientQueue | None = None,
     tp_group: str | None = None,
     sequence_parallel: bool = False,
+    dropout: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """act(norm(x) W1^T + b1) W2^T + b2 as one node, with the bits of the ops one by one.
 
-    x and the norm's tensors: `norm_linear`'s; activation: a kind of `activation` or of
+    x, the norm's tensors and dropout: `norm_linear`'s; activation: a kind of `activation` or of
     `gated_activation`; fc1_weight: [ffn, in], of a gated one [gate; linear]: [2 ffn, in]; fc1_bias:
     added within the activation; fc2_weight: [out, ffn]. The weights' options are `linear`'s.
-    Returns y: [..., out], or (y, x + residual) with a residual. Keeps x (or the sum), one float32
+    Returns y: [..., out], or (y, sum) with a residual. Keeps x (or the sum), one float32
     per row (layer_norm: two) and fc1's product, nothing else; backward rebuilds norm(x) in one
     pass, the activation's output in that of its gradient.
 
@@ -121,6 +125,7 @@ def norm_mlp(
                 zero_centered=zero_centered,
                 tp_group=tp_group,
                 sequence_parallel=sequence_parallel,
+                dropout=dropout or None,
             ),
             **weight_gradient(fc1_main_grad, fc1_accumulate, fc1_dummy_grad, fc1_delayed, "fc1_"),
             **weight_gradient(fc2_main_grad, fc2_accumulate, fc2_dummy_grad, fc2_delayed, "fc2_"),
