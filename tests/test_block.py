@@ -49,20 +49,24 @@ def test_ops_of_a_block(kv_heads, dtype):
     assert sum(name in ("aten::mm", "aten::addmm") for name in names) == 12
 
 
-def test_ops_of_a_residual_stream():
-    """Between layers the sum is the next norm's: no op of its own, forward or backward."""
-    layer = TransformerLayer(64, 96, 4, 2)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_ops_of_a_residual_stream(dropout):
+    """Between layers dropout and sum are the next norm's: no op of theirs, forward or backward."""
+    layer = TransformerLayer(64, 96, 4, 2, dropout=dropout)
     x, residual = (randn(2, 16, 64, dtype=torch.float32, device="cpu", seed=i) for i in (1, 2))
     x.requires_grad_()
     residual.requires_grad_()
 
     def call():
-        out = layer.forward_residual(x, residual)
+        out = layer.forward_residual(x, residual, dropout)[:2]
         torch.autograd.grad(out, [x, residual, *layer.parameters()], [torch.ones_like(x)] * 2)
 
     call()
     names = [name for name in names_of(call, "cpu") if name != "aten::ones_like"]
-    assert not {*MOVES, "aten::add", "aten::add_", "redline::bias_dropout_add_forward"} & {*names}
+    assert not {*MOVES, "aten::add", "aten::add_"} & {*names}
+    assert not [name for name in names if "bias_dropout_add" in name]
+    fused = [f"redline::bias_dropout_residual_norm_{way}" for way in ("forward", "backward")]
+    assert [names.count(name) for name in fused] == [2 * (dropout > 0)] * 2
 
 
 def test_stock_copies():

@@ -1,6 +1,7 @@
 """The layers: float64 truth composed from reference.py, the manners of nn.Module, C++'s bits."""
 
 import copy
+import functools
 import subprocess
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import cases
 from layer_cases import FFN, GPTS, HEADS, HIDDEN, LAYERS, agree, seeded
 from megatron_config import configuration
+from redline import ops
 from redline.extensions import transformer_engine as te
 from redline.layers import (
     Attention,
@@ -141,8 +143,21 @@ def test_residual_is_the_sum_first(name, device):
 def test_residual_crosses_the_layer_boundary(device):
     first, x = seeded(LAYERS["TransformerLayer"], device)
     second = LAYERS["TransformerLayer"]().to(device)
-    y, residual = second.forward_residual(*first.forward_residual(x))
-    assert torch.equal(y + residual, second(first(x)))
+    y, residual, dropout = second.forward_residual(*first.forward_residual(x))
+    assert dropout == 0 and torch.equal(y + residual, second(first(x)))
+
+
+def test_dropout_crosses_the_layer_boundary(device):
+    """What a layer leaves to the next norm has the bits of what it does itself."""
+    make = functools.partial(TransformerLayer, HIDDEN, FFN, HEADS, dropout=0.5)
+    first, x = seeded(make, device)
+    second = make().to(device)
+    torch.manual_seed(3)
+    y, residual, dropout = second.forward_residual(*first.forward_residual(x))
+    ours = ops.bias_dropout_add(y, None, residual, dropout)
+    torch.manual_seed(3)
+    assert dropout == 0.5 and torch.equal(ours, second(first(x)))
+    assert second.eval().forward_residual(x)[2] == 0
 
 
 @layers

@@ -100,8 +100,8 @@ Tensor AttentionImpl::forward(const Tensor& x, const Packing& packing) {
 }
 
 std::tuple<Tensor, Tensor> AttentionImpl::forward_residual(const Tensor& x, const Tensor& residual,
-                                                           const Packing& packing) {
-  auto [qkv, sum] = layernorm_qkv->forward_residual(x, residual);
+                                                           const Packing& packing, double dropout) {
+  auto [qkv, sum] = layernorm_qkv->forward_residual(x, residual, dropout);
   return {attend(qkv, packing), sum};
 }
 

@@ -49,9 +49,9 @@ class AttentionImpl : public torch::nn::Cloneable<AttentionImpl> {
   explicit AttentionImpl(const AttentionOptions& options);
   void reset() override;
   Tensor forward(const Tensor& x, const Packing& packing = {});
-  // {y, x + residual}.
+  // {y, residual + dropout(x)}: x is dropped with the probability given, where it is not 0.
   std::tuple<Tensor, Tensor> forward_residual(const Tensor& x, const Tensor& residual,
-                                              const Packing& packing = {});
+                                              const Packing& packing = {}, double dropout = 0);
 
   AttentionOptions options;  // kv_heads, head_dim and rotary.dim filled in
   LayerNormLinear layernorm_qkv = nullptr;

@@ -42,8 +42,8 @@ Tensor GPTImpl::features(const Tensor& tokens, const Packing& packing) {
   Stream stream = {.x = embedding(tokens)};
   for (const auto& layer : *layers)
     stream = layer->as<TransformerLayerImpl>()->forward_residual(stream, packing);
-  return stream.residual ? std::get<0>(final_norm->forward_residual(stream.x, *stream.residual))
-                         : final_norm(stream.x);
+  if (!stream.residual) return final_norm(stream.x);  // no layers
+  return std::get<0>(final_norm->forward_residual(stream.x, *stream.residual, stream.dropout));
 }
 
 Tensor GPTImpl::logits(const Tensor& x) {

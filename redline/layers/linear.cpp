@@ -34,8 +34,8 @@ void LayerNormLinearImpl::reset() {
   reset_linear(weight, bias);
 }
 
-ops::NormLinearOptions LayerNormLinearImpl::call_options() {
-  return {.norm = norm_part(options.norm),
+ops::NormLinearOptions LayerNormLinearImpl::call_options(double dropout) {
+  return {.norm = norm_part(options.norm, dropout),
           .keep_normalized = options.keep_normalized,
           .weight_gradient = gradient.destination("LayerNormLinear", weight)};
 }
@@ -45,8 +45,9 @@ Tensor LayerNormLinearImpl::forward(const Tensor& x) {
 }
 
 std::tuple<Tensor, Tensor> LayerNormLinearImpl::forward_residual(const Tensor& x,
-                                                                 const Tensor& residual) {
-  ops::NormLinearOptions call = call_options();
+                                                                 const Tensor& residual,
+                                                                 double dropout) {
+  ops::NormLinearOptions call = call_options(dropout);
   call.residual = residual;
   const auto out = ops::norm_linear(x, norm_parameters(gain), weight, given(bias), call);
   return {out.y, out.sum};

@@ -44,8 +44,9 @@ class LayerNormLinearImpl : public torch::nn::Cloneable<LayerNormLinearImpl> {
   explicit LayerNormLinearImpl(const LayerNormLinearOptions& options);
   void reset() override;
   Tensor forward(const Tensor& x);
-  // {y, x + residual}.
-  std::tuple<Tensor, Tensor> forward_residual(const Tensor& x, const Tensor& residual);
+  // {y, residual + dropout(x)}: x is dropped with the probability given, where it is not 0.
+  std::tuple<Tensor, Tensor> forward_residual(const Tensor& x, const Tensor& residual,
+                                              double dropout = 0);
   // {y, norm(x)}.
   std::tuple<Tensor, Tensor> forward_normalized(const Tensor& x);
   void backward_dw() { gradient.backward_dw(weight); }
@@ -56,7 +57,7 @@ class LayerNormLinearImpl : public torch::nn::Cloneable<LayerNormLinearImpl> {
   WeightGradient gradient;
 
  private:
-  ops::NormLinearOptions call_options();
+  ops::NormLinearOptions call_options(double dropout = 0);
 };
 using LayerNormLinear = Holder<LayerNormLinearImpl, LayerNormLinearOptions>;
 

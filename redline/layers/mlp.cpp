@@ -24,24 +24,26 @@ void LayerNormMLPImpl::reset() {
   reset_linear(fc2_weight, fc2_bias);
 }
 
-ops::NormMlpOutput LayerNormMLPImpl::run(const Tensor& x, const std::optional<Tensor>& residual) {
+ops::NormMlpOutput LayerNormMLPImpl::run(const Tensor& x, const std::optional<Tensor>& residual,
+                                         double dropout) {
   return ops::norm_mlp(x, norm_parameters(gain),
                        {.fc1_weight = fc1_weight,
                         .fc1_bias = given(fc1_bias),
                         .fc2_weight = fc2_weight,
                         .fc2_bias = given(fc2_bias)},
                        {.residual = residual,
-                        .norm = norm_part(options.norm),
+                        .norm = norm_part(options.norm, dropout),
                         .activation = options.activation,
                         .fc1_gradient = fc1_gradient.destination("LayerNormMLP: fc1", fc1_weight),
                         .fc2_gradient = fc2_gradient.destination("LayerNormMLP: fc2", fc2_weight)});
 }
 
-Tensor LayerNormMLPImpl::forward(const Tensor& x) { return run(x, {}).y; }
+Tensor LayerNormMLPImpl::forward(const Tensor& x) { return run(x, {}, 0).y; }
 
 std::tuple<Tensor, Tensor> LayerNormMLPImpl::forward_residual(const Tensor& x,
-                                                              const Tensor& residual) {
-  const ops::NormMlpOutput out = run(x, residual);
+                                                              const Tensor& residual,
+                                                              double dropout) {
+  const ops::NormMlpOutput out = run(x, residual, dropout);
   return {out.y, out.sum};
 }
 

@@ -26,8 +26,9 @@ class LayerNormMLPImpl : public torch::nn::Cloneable<LayerNormMLPImpl> {
   explicit LayerNormMLPImpl(const LayerNormMLPOptions& options);
   void reset() override;
   Tensor forward(const Tensor& x);
-  // {y, x + residual}.
-  std::tuple<Tensor, Tensor> forward_residual(const Tensor& x, const Tensor& residual);
+  // {y, residual + dropout(x)}: x is dropped with the probability given, where it is not 0.
+  std::tuple<Tensor, Tensor> forward_residual(const Tensor& x, const Tensor& residual,
+                                              double dropout = 0);
   void backward_dw();
 
   LayerNormMLPOptions options;
@@ -36,7 +37,7 @@ class LayerNormMLPImpl : public torch::nn::Cloneable<LayerNormMLPImpl> {
   WeightGradient fc1_gradient, fc2_gradient;
 
  private:
-  ops::NormMlpOutput run(const Tensor& x, const std::optional<Tensor>& residual);
+  ops::NormMlpOutput run(const Tensor& x, const std::optional<Tensor>& residual, double dropout);
 };
 using LayerNormMLP = Holder<LayerNormMLPImpl, LayerNormMLPOptions>;
 

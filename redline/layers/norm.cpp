@@ -27,12 +27,14 @@ Tensor normalize(const Tensor& x, const Gain& gain, const NormOptions& options) 
 }
 
 std::tuple<Tensor, Tensor> normalize_residual(const Tensor& x, const Tensor& residual,
-                                              const Gain& gain, const NormOptions& options) {
+                                              const Gain& gain, const NormOptions& options,
+                                              double dropout) {
   if (options.kind == Normalization::rms_norm)
-    return ops::residual_rms_norm(x, residual, given(gain.weight), options.epsilon,
-                                  options.zero_centered);
-  return ops::residual_layer_norm(x, residual, given(gain.weight), given(gain.bias),
-                                  options.epsilon, options.zero_centered);
+    return ops::bias_dropout_residual_rms_norm(x, {}, residual, dropout, given(gain.weight),
+                                               options.epsilon, options.zero_centered);
+  return ops::bias_dropout_residual_layer_norm(x, {}, residual, dropout, given(gain.weight),
+                                               given(gain.bias), options.epsilon,
+                                               options.zero_centered);
 }
 
 RMSNormImpl::RMSNormImpl(const RMSNormOptions& options) : options(options) { reset(); }
@@ -77,8 +79,9 @@ void NormImpl::reset() { gain = register_gain(*this, dim, options, ""); }
 
 Tensor NormImpl::forward(const Tensor& x) { return normalize(x, gain, options); }
 
-std::tuple<Tensor, Tensor> NormImpl::forward_residual(const Tensor& x, const Tensor& residual) {
-  return normalize_residual(x, residual, gain, options);
+std::tuple<Tensor, Tensor> NormImpl::forward_residual(const Tensor& x, const Tensor& residual,
+                                                      double dropout) {
+  return normalize_residual(x, residual, gain, options, dropout);
 }
 
 }  // namespace redline::layers

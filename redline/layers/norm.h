@@ -65,18 +65,21 @@ struct Gain {
 inline ops::NormParameters norm_parameters(const Gain& gain) {
   return {.weight = given(gain.weight), .bias = given(gain.bias)};
 }
-inline ops::NormPartOptions norm_part(const NormOptions& options) {
+inline ops::NormPartOptions norm_part(const NormOptions& options, double dropout = 0) {
   return {.kind = options.kind == Normalization::rms_norm ? "rms_norm" : "layer_norm",
           .epsilon = options.epsilon,
-          .zero_centered = options.zero_centered};
+          .zero_centered = options.zero_centered,
+          .dropout = dropout};
 }
 
 // norm(x), of the kind that the options name.
 Tensor normalize(const Tensor& x, const Gain& gain, const NormOptions& options);
 
-// {norm(x + residual), x + residual}.
+// {norm(sum), sum = residual + dropout(x)}: x is dropped with the probability given, where it is
+// not 0.
 std::tuple<Tensor, Tensor> normalize_residual(const Tensor& x, const Tensor& residual,
-                                              const Gain& gain, const NormOptions& options);
+                                              const Gain& gain, const NormOptions& options,
+                                              double dropout);
 
 // A norm whose kind is an option: q_norm, k_norm and final_norm.
 class NormImpl : public torch::nn::Cloneable<NormImpl> {
@@ -84,7 +87,8 @@ class NormImpl : public torch::nn::Cloneable<NormImpl> {
   NormImpl(int64_t dim, const NormOptions& options);
   void reset() override;
   Tensor forward(const Tensor& x);
-  std::tuple<Tensor, Tensor> forward_residual(const Tensor& x, const Tensor& residual);
+  std::tuple<Tensor, Tensor> forward_residual(const Tensor& x, const Tensor& residual,
+                                              double dropout = 0);
 
   int64_t dim;
   NormOptions options;

@@ -21,19 +21,21 @@ struct TransformerLayerOptions {
   Recompute recompute = Recompute::none;
 };
 
-// The residual stream: x + residual, or x alone where there is no residual.
+// The residual stream: residual + dropout(x), with the probability that is yet to be drawn with; x
+// alone where there is no residual.
 struct Stream {
   Tensor x;
   std::optional<Tensor> residual = {};
+  double dropout = 0;
 };
 
-// h = x + attention(norm(x)); y = h + mlp(norm(h)).
+// h = x + dropout(attention(norm(x))); y = h + dropout(mlp(norm(h))).
 class TransformerLayerImpl : public torch::nn::Cloneable<TransformerLayerImpl> {
  public:
   explicit TransformerLayerImpl(const TransformerLayerOptions& options);
   void reset() override;
   Tensor forward(const Tensor& x, const Packing& packing = {});
-  // Leaves the last sum to the next norm, which makes it in the same pass.
+  // Leaves the last dropout and sum to the next norm, which makes them in the same pass.
   Stream forward_residual(const Stream& stream, const Packing& packing = {});
 
   TransformerLayerOptions options;
@@ -41,7 +43,7 @@ class TransformerLayerImpl : public torch::nn::Cloneable<TransformerLayerImpl> {
   LayerNormMLP layernorm_mlp = nullptr;
 
  private:
-  Tensor add(const Tensor& x, const Tensor& residual) const;
+  double drawn() const { return is_training() ? options.dropout : 0; }
   Stream run(const Stream& stream, const Packing& packing);
 };
 using TransformerLayer = Holder<TransformerLayerImpl, TransformerLayerOptions>;

@@ -13,8 +13,9 @@ class Attention(torch.nn.Module):
     """y = attention(rotary(qkv(norm(x)))) W^T with grouped queries, in Transformer Engine's names.
 
     layernorm_qkv.weight holds, for each of kv_heads groups, its queries' rows, key's and value's.
-    forward(x) -> y; forward(x, residual) -> (y, x + residual). x is [batch, sequence, hidden_size],
-    or [tokens, hidden_size] packed with cu_seqlens. `window` is (keys kept before, kept after).
+    forward(x) -> y; forward(x, residual) -> (y, x + residual), x dropped with the probability
+    `dropout` first. x is [batch, sequence, hidden_size], or [tokens, hidden_size] packed with
+    cu_seqlens. `window` is (keys kept before, kept after).
     recompute: backward runs ops.attention again from q, k and v, so that of what it keeps (with
     windows and packing all scores) nothing waits.
 
@@ -110,8 +111,10 @@ class Attention(torch.nn.Module):
             return ops.qkv_rotary_split(qkv, cos, sin, self.heads, self.kv_heads, **where)
         return self.split(qkv)
 
-    def forward(self, x, residual=None, *, positions=None, cu_seqlens=None, max_seqlen=None):
-        qkv = self.layernorm_qkv(x, residual)
+    def forward(
+        self, x, residual=None, *, dropout=0.0, positions=None, cu_seqlens=None, max_seqlen=None
+    ):
+        qkv = self.layernorm_qkv(x, residual, dropout=dropout)
         qkv, total = (qkv, None) if residual is None else qkv
         q, k, v = self.rotate(qkv, positions, cu_seqlens)
         options = {"causal": self.causal, "window": self.window}

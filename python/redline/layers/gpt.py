@@ -82,10 +82,14 @@ class GPT(torch.nn.Module):
                 torch.nn.init.constant_(parameter, 0.0 if self.final_norm.zero_centered else 1.0)
 
     def forward(self, tokens, targets=None, **where):
-        x, residual = self.embedding(tokens), None
+        x, residual, dropout = self.embedding(tokens), None, 0.0
         for layer in self.layers:
-            x, residual = layer.forward_residual(x, residual, **where)
-        x = self.final_norm(x) if residual is None else self.final_norm(x, residual)[0]
+            x, residual, dropout = layer.forward_residual(x, residual, dropout, **where)
+        x = (
+            self.final_norm(x)
+            if residual is None
+            else self.final_norm(x, residual, dropout=dropout)[0]
+        )
         if targets is not None and self.fused_loss != "none":
             return self._fused_loss(x, targets)
         if self.head is None:

@@ -53,10 +53,10 @@ def reset_linear(weight, bias):
 class LayerNormLinear(WeightGradient, InputNorm):
     """y = norm(x) W^T + bias; layer_norm_weight [in], weight [out, in], bias [out].
 
-    forward(x) -> y; forward(x, residual) -> (y, x + residual), the sum and its norm in one pass;
-    norm(x) comes last with return_layernorm_output. Backward rebuilds norm(x), unless
-    keep_normalized has it kept. The weight's gradient goes where `Linear`'s options of the same
-    names say.
+    forward(x) -> y; forward(x, residual) -> (y, x + residual), the sum and its norm in one pass, x
+    dropped with the probability `dropout` first; norm(x) comes last with return_layernorm_output.
+    Backward rebuilds norm(x), unless keep_normalized has it kept. The weight's gradient goes where
+    `Linear`'s options of the same names say.
 
     >>> LayerNormLinear(1024, 3072)(torch.randn(2, 16, 1024)).shape
     torch.Size([2, 16, 3072])
@@ -92,10 +92,10 @@ class LayerNormLinear(WeightGradient, InputNorm):
         self.reset_norm()
         reset_linear(self.weight, self.bias)
 
-    def forward(self, x, residual=None, first_microbatch=None):
-        return self.norm_product(x, self.bias, residual, first_microbatch)
+    def forward(self, x, residual=None, first_microbatch=None, *, dropout=0.0):
+        return self.norm_product(x, self.bias, residual, first_microbatch, dropout=dropout)
 
-    def norm_product(self, x, bias, residual=None, first_microbatch=None):
+    def norm_product(self, x, bias, residual=None, first_microbatch=None, *, dropout=0.0):
         """forward with another bias than the layer's, or none."""
         weight = parameter(self, "weight")
         return ops.norm_linear(
@@ -107,6 +107,7 @@ class LayerNormLinear(WeightGradient, InputNorm):
             residual=residual,
             keep_normalized=self.keep_normalized,
             return_norm_output=self.return_layernorm_output,
+            dropout=dropout,
             **self.norm_options(),
             **self.destination(weight, first_microbatch),
         )

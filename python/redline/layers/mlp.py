@@ -15,7 +15,8 @@ PLAIN = ("gelu", "gelu_erf", "quick_gelu", "silu", "relu", "squared_relu")
 class LayerNormMLP(WeightGradient, InputNorm):
     """y = act(norm(x) W1^T + b1) W2^T + b2; a gated fc1 has 2 ffn_hidden_size rows, gate first.
 
-    forward(x) -> y; forward(x, residual) -> (y, x + residual), the sum and its norm in one pass.
+    forward(x) -> y; forward(x, residual) -> (y, x + residual), the sum and its norm in one pass, x
+    dropped with the probability `dropout` first.
     Kept for backward: x (or the sum), a number or two per row and fc1's product, nothing else.
     Both weights' gradients go where `Linear`'s options of the same names say.
 
@@ -59,7 +60,7 @@ class LayerNormMLP(WeightGradient, InputNorm):
         reset_linear(self.fc1_weight, self.fc1_bias)
         reset_linear(self.fc2_weight, self.fc2_bias)
 
-    def forward(self, x, residual=None, first_microbatch=None):
+    def forward(self, x, residual=None, first_microbatch=None, *, dropout=0.0):
         fc1_weight, fc2_weight = parameter(self, "fc1_weight"), parameter(self, "fc2_weight")
         options = self.norm_options()
         for name, weight, queue in (
@@ -78,6 +79,7 @@ class LayerNormMLP(WeightGradient, InputNorm):
             self.fc2_bias,
             residual=residual,
             activation=self.activation,
+            dropout=dropout,
             **options,
         )
 

@@ -24,8 +24,9 @@ def _unflatten(y, shape):
 class RMSNorm(torch.nn.RMSNorm):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last axes; weight [normalized_shape].
 
-    forward(x) -> y; forward(x, residual) -> (norm(x + residual), x + residual) in one pass.
-    `zero_centered` stores weight - 1, so that weight decay pulls towards the identity.
+    forward(x) -> y; forward(x, residual) -> (norm(x + residual), x + residual) in one pass, x
+    dropped with the probability `dropout` first. `zero_centered` stores weight - 1, so that weight
+    decay pulls towards the identity.
 
     >>> RMSNorm(4096)(torch.randn(2, 16, 4096)).shape
     torch.Size([2, 16, 4096])
@@ -54,19 +55,24 @@ class RMSNorm(torch.nn.RMSNorm):
             return self.eps
         return torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
 
-    def forward(self, x, residual=None):
+    def forward(self, x, residual=None, *, dropout=0.0):
         shape = self.normalized_shape
         options = (_flatten(self.weight, shape), self.epsilon(x), self.zero_centered)
         if residual is None:
             return _unflatten(ops.rms_norm(_flatten(x, shape), *options), shape)
-        y, total = ops.residual_rms_norm(_flatten(x, shape), _flatten(residual, shape), *options)
+        rows, residual = _flatten(x, shape), _flatten(residual, shape)
+        if dropout:
+            y, total = ops.bias_dropout_residual_rms_norm(rows, None, residual, dropout, *options)
+        else:
+            y, total = ops.residual_rms_norm(rows, residual, *options)
         return _unflatten(y, shape), _unflatten(total, shape)
 
 
 class LayerNorm(torch.nn.LayerNorm):
     """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last axes.
 
-    forward(x) -> y; forward(x, residual) -> (norm(x + residual), x + residual) in one pass.
+    forward(x) -> y; forward(x, residual) -> (norm(x + residual), x + residual) in one pass, x
+    dropped with the probability `dropout` first.
 
     >>> LayerNorm(4096, bias=False)(torch.randn(2, 16, 4096)).shape
     torch.Size([2, 16, 4096])
@@ -91,13 +97,17 @@ class LayerNorm(torch.nn.LayerNorm):
         if self.zero_centered and self.elementwise_affine:
             torch.nn.init.zeros_(self.weight)
 
-    def forward(self, x, residual=None):
+    def forward(self, x, residual=None, *, dropout=0.0):
         shape = self.normalized_shape
         weight, bias = _flatten(self.weight, shape), _flatten(self.bias, shape)
         options = (weight, bias, self.eps, self.zero_centered)
         if residual is None:
             return _unflatten(ops.layer_norm(_flatten(x, shape), *options), shape)
-        y, total = ops.residual_layer_norm(_flatten(x, shape), _flatten(residual, shape), *options)
+        rows, residual = _flatten(x, shape), _flatten(residual, shape)
+        if dropout:
+            y, total = ops.bias_dropout_residual_layer_norm(rows, None, residual, dropout, *options)
+        else:
+            y, total = ops.residual_layer_norm(rows, residual, *options)
         return _unflatten(y, shape), _unflatten(total, shape)
 
 

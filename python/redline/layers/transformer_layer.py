@@ -11,11 +11,12 @@ RECOMPUTE = ("none", "selective", "full")
 
 
 class TransformerLayer(torch.nn.Module):
-    """h = x + attention(norm(x)); y = h + mlp(norm(h)); further keywords are Attention's.
+    """h = x + dropout(attention(norm(x))); y = h + dropout(mlp(norm(h))).
 
-    forward(x) -> y. forward(x, residual, keep_residual=True), or forward_residual(x, residual), ->
-    (x, residual) leaves the last sum to the next norm, which makes it in the same pass; the stream
-    is x + residual, or x alone where residual is None.
+    Further keywords are Attention's. forward(x) -> y. forward(x, residual, dropout,
+    keep_residual=True), or forward_residual(x, residual, dropout), -> (x, residual, dropout) leaves
+    the last dropout and sum to the next norm, which makes them in the same pass: the stream is
+    residual + dropout(x) with the probability `dropout`, or x alone where residual is None.
 
     recompute: what backward computes again instead of keeping it: "none"; "selective", what
     attention itself keeps between q, k, v and its output, no product; "full", all but the layer's
@@ -61,28 +62,25 @@ class TransformerLayer(torch.nn.Module):
             hidden_size, ffn_hidden_size, activation=activation, **shared
         )
 
-    def add(self, x, residual):
-        return ops.bias_dropout_add(x, None, residual, self.dropout, self.training)
+    def forward_residual(self, x, residual=None, dropout=0.0, **where):
+        # A call, for its hooks: FSDP's.
+        return self(x, residual, dropout, keep_residual=True, **where)
 
-    def forward_residual(self, x, residual=None, **where):
-        return self(x, residual, keep_residual=True, **where)  # a call, for its hooks: FSDP's
-
-    def forward(self, x, residual=None, *, keep_residual=False, **where):
+    def forward(self, x, residual=None, dropout=0.0, *, keep_residual=False, **where):
+        drawn = self.dropout if self.training else 0.0
+        stream = (x, residual, dropout, drawn)
         if self.recompute == "full" and torch.is_grad_enabled():
-            options = {"use_reentrant": False, "preserve_rng_state": self.dropout > 0}
-            y, residual = checkpoint(self._stream, x, residual, **options, **where)
+            options = {"use_reentrant": False, "preserve_rng_state": max(drawn, dropout) > 0}
+            y, residual = checkpoint(self._stream, *stream, **options, **where)
         else:
-            y, residual = self._stream(x, residual, **where)
+            y, residual = self._stream(*stream, **where)
         if keep_residual:
-            return y, residual
-        return y if residual is None else self.add(y, residual)
+            return y, residual, drawn
+        return ops.bias_dropout_add(y, None, residual, drawn)
 
-    def _stream(self, x, residual=None, **where):
+    def _stream(self, x, residual, dropout, drawn, **where):
         if residual is None:
             attended, residual = self.self_attention(x, **where), x
         else:
-            attended, residual = self.self_attention(x, residual, **where)
-        if not self.dropout:
-            return self.layernorm_mlp(attended, residual)
-        x = self.add(attended, residual)
-        return self.add(self.layernorm_mlp(x), x), None
+            attended, residual = self.self_attention(x, residual, dropout=dropout, **where)
+        return self.layernorm_mlp(attended, residual, dropout=drawn)
