@@ -1,5 +1,6 @@
 """Norms: forward reads x and writes y; backward reads x and y_grad and writes x_grad. With a
-residual each direction has one tensor more to read, and forward writes the sum."""
+residual each direction has one tensor more to read, and forward writes the sum. Behind dropout
+backward writes the gradient of x beside the residual's."""
 
 import functools
 
@@ -27,6 +28,8 @@ SIZES = [
     (1, 8192),
 ]
 SIZES_CPU = [(4096, 1024), (2048, 4096)]
+DROPOUT_SIZES = [(65536, 1024), (8192, 4096), (16384, 4096), (8192, 8192)]
+PROBABILITY = 0.1
 
 
 def stock_of(norm, cols, weight, bias):
@@ -48,6 +51,51 @@ def forwards(name, cols, weight, bias):
         return stock(total), total
 
     return {"redline": lambda x, r: ours(x, r, *parameters), "eager": eager}, parameters
+
+
+def dropped(norm, cols, weight, bias):
+    """The norm of residual + dropout(x): in one op, in our two, and stock's."""
+    stock = stock_of(norm, cols, weight, bias)
+    parameters = (weight,) if norm == "rms_norm" else (weight, bias)
+    one, second = getattr(ops, f"bias_dropout_residual_{norm}"), getattr(ops, norm)
+
+    def two_ops(x, residual):
+        total = ops.bias_dropout_add(x, None, residual, PROBABILITY)
+        return second(total, *parameters), total
+
+    def eager(x, residual):
+        total = residual + F.dropout(x, PROBABILITY)
+        return stock(total), total
+
+    calls = {"redline": lambda x, r: one(x, None, r, PROBABILITY, *parameters)}
+    calls |= {"two ops": two_ops, "eager": eager, "compile": torch.compile(eager, dynamic=False)}
+    return calls, parameters
+
+
+def dropout_cases(device, dtype, label):
+    for norm in ("rms_norm", "layer_norm"):
+        for shape in DROPOUT_SIZES if device == "cuda" else SIZES_CPU:
+            weight, bias = (
+                torch.rand(shape[1], device=device, dtype=dtype).requires_grad_() for _ in range(2)
+            )
+            draw = functools.partial(torch.randn, shape, device=device, dtype=dtype)
+
+            def make(with_gradient, draw=draw):
+                return tuple(draw() for _ in range(4 if with_gradient else 2))
+
+            size = shape[0] * shape[1] * dtype.itemsize
+            sketch = Case(
+                name=f"dropout_residual_{norm}",
+                direction="",
+                shape=f"{shape[0]} x {shape[1]}",
+                dtype=label,
+                bytes=(4 * size, 5 * size),
+                make=make,
+                calls={},
+                random=True,
+            )
+            calls, parameters = dropped(norm, shape[1], weight, bias)
+            yield from both_directions(sketch, calls, parameters, outputs=2)
 
 
 def cases(device):
@@ -77,3 +125,4 @@ def cases(device):
                 calls={},
             )
             yield from both_directions(sketch, calls, parameters, outputs=tensors)
+    yield from dropout_cases(device, dtype, label)

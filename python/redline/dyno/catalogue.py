@@ -95,6 +95,38 @@ def residual_layer_norm(setting: Setting) -> Case:
     )
 
 
+def _dropped(setting: Setting, norm: Callable, name: str, vectors: int) -> Case:
+    tuned = op(name)
+
+    def stock(x, residual, *parameters, probability=PROBABILITY):
+        total = residual + F.dropout(x, probability)
+        return norm(total, *parameters), total
+
+    def fused(x, residual, *parameters, probability=PROBABILITY):
+        return tuned(x, None, residual, probability, *parameters, EPSILON)
+
+    # Two random masks cannot be compared: the error is that of probability 0.
+    checked = {
+        "stock": lambda *t: stock(*t, probability=0.0),
+        "tuned": lambda *t: fused(*t, probability=0.0),
+    }
+    return _rows(setting, stock, fused, full=2, vectors=vectors, passes=(4, 5), checked=checked)
+
+
+def bias_dropout_residual_rms_norm(setting: Setting) -> Case:
+    def norm(x, w):
+        return F.rms_norm(x, w.shape, w, EPSILON)
+
+    return _dropped(setting, norm, "bias_dropout_residual_rms_norm", vectors=1)
+
+
+def bias_dropout_residual_layer_norm(setting: Setting) -> Case:
+    def norm(x, w, b):
+        return F.layer_norm(x, w.shape, w, b, EPSILON)
+
+    return _dropped(setting, norm, "bias_dropout_residual_layer_norm", vectors=2)
+
+
 def activation(setting: Setting) -> Case:
     tuned = op("activation")
     return _rows(
@@ -354,6 +386,8 @@ CATALOGUE = [
     Part("cross_entropy", cross_entropy, compiled=True),
     Part("fused_linear_cross_entropy", fused_linear_cross_entropy),
     Part("bias_dropout_add", bias_dropout_add),
+    Part("bias_dropout_residual_rms_norm", bias_dropout_residual_rms_norm),
+    Part("bias_dropout_residual_layer_norm", bias_dropout_residual_layer_norm),
     Part("embedding", embedding),
     Part("softmax", softmax),
     Part("attention", attention),
