@@ -31,7 +31,8 @@ struct Dropout {
     if (state.offset_pointer != nullptr) offset += *state.offset_pointer;
     return {seed, offset};
   }
-  // Exactly zero where the element is dropped, whatever it holds.
+  // Exactly zero where the element is dropped, whatever it holds. The product is rounded by itself,
+  // not with what a kernel adds to it: the same bits in all of them.
   template <bool Aligned, int N>
   __device__ __forceinline__ void apply(const Place<Aligned>& at, float (&values)[N]) const {
     if (!random) return;
@@ -40,7 +41,7 @@ struct Dropout {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const uint32_t number = i % 2 ? numbers[i / 2] >> 16 : numbers[i / 2] & 0xffffu;
-      values[i] = number < threshold ? 0.0f : values[i] * scale;
+      values[i] = number < threshold ? 0.0f : __fmul_rn(values[i], scale);
     }
   }
 };

@@ -38,7 +38,7 @@ struct DropoutBackward : Backward {
 
 template <typename T, typename X, bool Layer>
 struct DropoutForm : Form<T, X, Layer, true> {
-  using Args = DropoutBackward;
+  using BackwardArgs = DropoutBackward;
 };
 
 // False, and nothing launched, where the kernel does not fit.

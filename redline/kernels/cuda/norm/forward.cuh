@@ -77,7 +77,7 @@ __device__ __forceinline__ void store_output(const Forward& args, int64_t row, C
 
 template <typename Form, typename Tile>
 __global__ void __launch_bounds__(Tile::most_threads, blocks_per_sm<Form, Tile>)
-    forward_kernel(const Forward args) {
+    forward_kernel(const typename Form::ForwardArgs args) {
   using T = typename Form::T;
   using Group = RowGroup<Tile::lanes, Tile::cluster>;
   constexpr int N = vector_size<T>, V = Tile::vectors, R = Tile::rows, L = Tile::lanes;
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(Tile::most_threads, blocks_per_sm<Form, Tile>)
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     const int64_t row = first_row + r * Tile::groups;
-    if (row < counted) in[r].load(args, row, at);
+    if (row < counted) args.source().fill(in[r], args, row, at);
   }
   constexpr int early = L == 0 && V <= 2 && Form::aligned ? V : 0;  // as registers allow
   ScalingSource<Form::layer, T, early> scaling;
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(Threads) long_forward_kernel(const Forward arg
 }
 
 template <typename Form, typename Tile>
-void launch_tile(const Forward& args, int threads, Stream stream) {
+bool launch_tile(const typename Form::ForwardArgs& args, int threads, Stream stream) {
   int shared_bytes = 0;
   if constexpr (Tile::cluster > 1) {
     shared_bytes = InputOf<Form, Tile>::bytes(threads);
@@ -205,6 +205,7 @@ void launch_tile(const Forward& args, int threads, Stream stream) {
           .cluster = Tile::cluster,
           .stream = stream},
          args);
+  return true;
 }
 
 // Threads of a block of V vectors each that hold `vectors`: whole warps.
@@ -219,7 +220,7 @@ int block_threads(int64_t vectors) {
 // copy, 16384 x 4096, H200: rms 0.97, four vectors 0.95; layer 0.90, 0.95; residual rms 0.96,
 // 0.98).
 template <typename Form>
-void launch_block(const Forward& args, int threads, Stream stream) {
+bool launch_block(const typename Form::ForwardArgs& args, int threads, Stream stream) {
   if (args.rows <= 4 * stream.sm_count) {
     return launch_tile<Form, Tile<0, 2>>(args, 2 * threads, stream);
   }
@@ -228,12 +229,13 @@ void launch_block(const Forward& args, int threads, Stream stream) {
       return launch_tile<Form, Tile<0, 2, 2>>(args, 2 * threads, stream);
     }
   }
-  launch_tile<Form, Tile<0, 4, 1, 2>>(args, threads, stream);
+  return launch_tile<Form, Tile<0, 4, 1, 2>>(args, threads, stream);
 }
 
-// Narrow rows lie within a warp, several at once; then a block has a row, or two, then a cluster.
+// Narrow rows lie within a warp, several at once; then a block has a row, or two. False, and
+// nothing launched, where a row outgrows its registers.
 template <typename Form>
-void launch_forward(const Forward& args, Stream stream) {
+bool launch_held(const typename Form::ForwardArgs& args, Stream stream) {
   const int64_t vectors = ceil_div(args.cols, vector_size<typename Form::T>);
   if (vectors <= 16) return launch_tile<Form, Tile<16, 1, 4>>(args, 128, stream);
   if (vectors <= 32) return launch_tile<Form, Tile<32, 1, 4>>(args, 128, stream);
@@ -243,8 +245,17 @@ void launch_forward(const Forward& args, Stream stream) {
   if (vectors <= 4 * 512) {
     return launch_tile<Form, Tile<0, 4>>(args, block_threads<4>(vectors), stream);
   }
+  return false;
+}
+
+// Then a cluster has a row.
+template <typename Form>
+void launch_forward(const Forward& args, Stream stream) {
+  if (launch_held<Form>(args, stream)) return;
+  const int64_t vectors = ceil_div(args.cols, vector_size<typename Form::T>);
   if (stream.capability >= 90 && vectors <= 4 * 8 * 512) {
-    return launch_tile<Form, ClusterTile>(args, block_threads<8>(ceil_div(vectors, 4)), stream);
+    launch_tile<Form, ClusterTile>(args, block_threads<8>(ceil_div(vectors, 4)), stream);
+    return;
   }
   note_walk(args.cols);
   launch(long_forward_kernel<Form, 1024>,
@@ -263,22 +274,31 @@ void choose_forward(const Forward& args, bool aligned, Stream stream) {
   launch_forward<Form<T, float, Layer, true>>(args, stream);
 }
 
+inline bool is_aligned(const NormForward& norm) {
+  return are_aligned(name(norm.norm), {{"x", &norm.x},
+                                       {"residual", &norm.residual},
+                                       {"sum", &norm.sum},
+                                       {"weight", &norm.weight},
+                                       {"bias", &norm.bias},
+                                       {"y", &norm.y},
+                                       {"input_bias", &norm.input_bias}});
+}
+
+inline Forward arguments(const NormForward& norm) {
+  return {common(norm, norm.x),
+          matrix(norm.residual),
+          matrix(norm.sum),
+          matrix(norm.bias),
+          matrix(norm.y),
+          static_cast<float>(norm.epsilon),
+          1.0f / static_cast<float>(norm.x.sizes[1]),
+          norm.statistics_given};
+}
+
 template <bool Layer>
 void run_forward(const NormForward& norm, Stream stream) {
-  const bool aligned = are_aligned(name(norm.norm), {{"x", &norm.x},
-                                                     {"residual", &norm.residual},
-                                                     {"sum", &norm.sum},
-                                                     {"weight", &norm.weight},
-                                                     {"bias", &norm.bias},
-                                                     {"y", &norm.y}});
-  const Forward args = {common(norm, norm.x),
-                        matrix(norm.residual),
-                        matrix(norm.sum),
-                        matrix(norm.bias),
-                        matrix(norm.y),
-                        static_cast<float>(norm.epsilon),
-                        1.0f / static_cast<float>(norm.x.sizes[1]),
-                        norm.statistics_given};
+  const bool aligned = is_aligned(norm);
+  const Forward args = arguments(norm);
   visit_dtype<float, bfloat16, float16>("norm", norm.y.dtype, [&]<typename T>() {
     choose_forward<device_type<T>, Layer>(args, aligned, stream);
   });

@@ -47,11 +47,13 @@ struct Common {
 
 // What a kernel is compiled for. T: what x, or in backward y_grad, holds; X: what residual, or in
 // backward x, holds.
+struct Forward;
 struct Backward;
 
 template <typename T_, typename X_, bool Layer_, bool Aligned_>
 struct Form {
-  using Args = Backward;  // backward's
+  using ForwardArgs = Forward;
+  using BackwardArgs = Backward;
   using T = T_;
   using X = X_;
   static constexpr bool layer = Layer_, aligned = Aligned_;

@@ -56,7 +56,8 @@ __device__ __forceinline__ int rows_from(int64_t row, int64_t end, int stride) {
 }
 
 template <typename Form, typename Tile>
-__global__ void __launch_bounds__(most_threads, 1) backward_kernel(const typename Form::Args args) {
+__global__ void __launch_bounds__(most_threads, 1)
+    backward_kernel(const typename Form::BackwardArgs args) {
   using T = typename Form::T;
   constexpr bool Layer = Form::layer;
   constexpr int N = vector_size<T>, sum_count = Layer ? 2 : 1, L = Tile::lanes;
@@ -161,7 +162,7 @@ uint32_t row_bytes(const Matrix& of) {
 }
 
 template <typename Form, typename Tile>
-bool launch_tile(typename Form::Args args, const Plan& plan, Stream stream) {
+bool launch_tile(typename Form::BackwardArgs args, const Plan& plan, Stream stream) {
   using Pieces = RowPieces<Form>;
   using X = typename Form::X;
   Layout& layout = args.layout;
@@ -201,7 +202,7 @@ bool launch_tile(typename Form::Args args, const Plan& plan, Stream stream) {
 
 // False, and nothing launched, where a row outgrows what blocks hold.
 template <typename Form>
-bool launch_rows(const typename Form::Args& args, Stream stream) {
+bool launch_rows(const typename Form::BackwardArgs& args, Stream stream) {
   using T = typename Form::T;
   const Plan chosen = plan(ceil_div(args.cols, vector_size<T>), stream.capability);
   switch (chosen.sharing) {

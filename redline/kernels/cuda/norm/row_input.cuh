@@ -6,10 +6,20 @@
 namespace redline::cuda {
 namespace {
 
+// Where a row that is held comes from: from memory as it lies, or as the sum with the residual.
+struct Loaded {
+  template <typename In, typename Args, typename At>
+  __device__ __forceinline__ void fill(In& in, const Args& args, int64_t row, At at) const {
+    in.load(args, row, at);
+  }
+};
+
 struct Forward : Common {
   Matrix residual, sum, bias, y;
   float epsilon, inverse_cols;
   bool statistics_given;
+
+  __device__ __forceinline__ Loaded source() const { return {}; }
 };
 
 // What is normalised, as it lies in memory: half the registers of its float32, and so twice the
