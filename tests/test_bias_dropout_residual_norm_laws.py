@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import contract
+import redline
+from cases import DEVICES
 from contract import seeded
 from redline import ops
 from test_bias_dropout_add import P
@@ -57,6 +59,7 @@ def test_tracing(norm, device):
     contract.runs_in_inference_mode(seeded(op), given)
     contract.refuses_vmap(still, given)
     contract.refuses_double_backward(lambda *args: op(*args)[0].square(), given)
+    contract.refuses_a_tangent_in_backward(op, given)
     if device == "cuda":
         contract.captures(still, given)
         contract.agrees_on_side_stream(seeded(op), given)
@@ -99,6 +102,30 @@ def test_autocast_follows_stock(norm, device):
         outs = fused(norm)(x, bias, residual, *parameters)
         theirs = getattr(ops, f"residual_{norm}")(x, residual, *parameters)
     assert [out.dtype for out in outs] == [out.dtype for out in theirs]
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+@pytest.mark.parametrize(
+    ("cols", "with_bias", "expected"),
+    [
+        (4096, False, (["forward"], ["backward", "sum_chunks"])),
+        (4096, True, (["forward"], ["backward", "sum_chunks", "column", "sum_chunks"])),
+        (4097, False, (["element", "forward"], ["backward", "sum_chunks", "element"])),
+        (32768, False, (["element", "forward"], ["backward", "sum_chunks"])),
+    ],
+)
+@norms
+def test_kernels(norm, cols, with_bias, expected, device):
+    """One each way, but for an input bias's gradient and for rows that its kernels do not take."""
+    if cols == 32768 and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("without clusters such rows are walked")
+    given = inputs(norm, (40, cols), torch.bfloat16, device, with_bias)
+    leaves = [tensor.requires_grad_() for tensor in given]
+    launches = redline.explain(fused(norm, with_bias), *leaves).launches
+    for direction, names in zip(("forward", "backward"), expected, strict=True):
+        seen = [launch.kernel for launch in launches if launch.direction == direction]
+        assert len(seen) == len(names), seen
+        assert all(f"{name}_kernel" in kernel for kernel, name in zip(seen, names, strict=True))
 
 
 @devices

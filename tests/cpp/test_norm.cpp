@@ -145,6 +145,43 @@ TEST_P(NormKernel, BackwardWritesEveryGradient) {
   });
 }
 
+TEST_P(NormKernel, BehindDropoutWritesEveryOutputAndGradient) {
+  for_shapes([](const Case& c) {
+    const NormTensors tensors(c);
+    const Buffer rng_state = Buffer(DType::int64, {2}).filled();
+    NormForward forward = tensors.forward();
+    forward.residual = tensors.residual;
+    forward.sum = tensors.sum;
+    forward.input_bias = tensors.bias;
+    forward.rng_state = rng_state;
+    forward.philox = {.seed = 5, .offset = 8};
+    forward.probability = 0.5;
+    check(forward);
+    run(forward, Range{0, c.rows});
+    EXPECT_TRUE(tensors.y.is_finite());
+    EXPECT_TRUE(tensors.sum.is_finite());
+    EXPECT_EQ(forward.rng_state.as<int64_t>()[0], 5);
+    EXPECT_EQ(forward.rng_state.as<int64_t>()[1], 8);
+
+    const NormGradients gradients(c);
+    const Buffer input_grad(c.dtype, {c.rows, c.cols}), input_bias_grad(c.dtype, {c.cols});
+    const int64_t chunks = cpu::column_chunks(c.rows, c.cols);
+    const Buffer partial(accumulation_dtype(c.dtype), {chunks, c.cols});
+    NormBackward backward = gradients.backward(tensors);
+    backward.x = tensors.sum;
+    backward.rng_state = rng_state;
+    backward.input_grad = input_grad;
+    backward.input_bias_grad = {.partial = partial, .total = input_bias_grad};
+    backward.probability = 0.5;
+    check(backward);
+    run(backward, Range{0, chunks});
+    finish(backward, Range{0, c.cols});
+    EXPECT_TRUE(gradients.x_grad.is_finite());
+    EXPECT_TRUE(input_grad.is_finite());
+    EXPECT_TRUE(input_bias_grad.is_finite());
+  });
+}
+
 std::string case_name(const testing::TestParamInfo<std::tuple<DType, Norm>>& info) {
   const auto [dtype, norm] = info.param;
   return std::string(norm == Norm::rms ? "rms_" : "layer_") + name(dtype);
@@ -172,6 +209,28 @@ TEST(NormArguments, ThatDoNotFitAreRefused) {
   args = layer.forward();
   args.mean = {};
   EXPECT_THROW(check(args), Error);
+}
+
+TEST(NormArguments, OfDropoutThatDoNotFitAreRefused) {
+  const NormTensors tensors({DType::float32, Norm::rms, 3, 8});
+  const Buffer rng_state(DType::int64, {2}), row_count(DType::int64, {1});
+  NormForward forward = tensors.forward();
+  forward.rng_state = rng_state;
+  EXPECT_THROW(check(forward), Error);  // without a residual
+  forward.residual = tensors.residual;
+  forward.sum = tensors.sum;
+  check(forward);
+  forward.row_count = row_count;
+  EXPECT_THROW(check(forward), Error);
+  const NormGradients gradients({DType::float32, Norm::rms, 3, 8});
+  NormBackward backward = gradients.backward(tensors);
+  check(backward);
+  backward.rng_state = rng_state;
+  EXPECT_THROW(check(backward), Error);  // without an input_grad
+  backward.input_grad = tensors.sum;
+  check(backward);
+  backward.row_count = row_count;
+  EXPECT_THROW(check(backward), Error);
 }
 
 }  // namespace
