@@ -179,6 +179,18 @@ def test_bits_do_not_depend_on_strides_threads_or_neighbours(norm, dtype, device
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("cols", [1032, 2056, 4096, 5000, 8192])
+def test_a_row_is_the_same_among_many(norm, cols, device):
+    """Few rows of a width and many of it are other kernels on CUDA."""
+    x = randn(1200, cols, dtype=torch.bfloat16, device=device)
+    extra = parameters(norm, cols, torch.bfloat16, device)
+    y = getattr(ops, norm)(x, *extra)
+    for row in (0, 601, 1199):
+        assert torch.equal(getattr(ops, norm)(x[row], *extra), y[row])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("norm", NORMS)
 def test_row_count_on_the_device(norm, device):
     x = randn(9, 65, dtype=torch.bfloat16, device=device)
     count = torch.tensor(5, device=device)
