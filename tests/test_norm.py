@@ -191,6 +191,19 @@ def test_a_row_is_the_same_among_many(norm, cols, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    ("dtype", "cols"), [(torch.bfloat16, 18432), (torch.bfloat16, 25088), (torch.float32, 9216)]
+)
+def test_wide_rows_far_from_zero(norm, dtype, cols, device):
+    """Widths of which some warps of a cluster hold nothing: no mean of theirs may count."""
+    x = randn(3, cols, dtype=dtype, device=device, shift=10.0)
+    extra = parameters(norm, cols, dtype, device)
+    truth = getattr(reference, norm)(*wide(x, *extra)).detach()
+    assert_close(getattr(ops, norm)(x, *extra).cpu(), truth, sums=40)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("norm", NORMS)
 def test_row_count_on_the_device(norm, device):
     x = randn(9, 65, dtype=torch.bfloat16, device=device)
     count = torch.tensor(5, device=device)

@@ -26,7 +26,7 @@ struct BiasDropoutAddForward {
 struct BiasDropoutAddBackward {
   TensorView y_grad;     // [rows, cols], x's dtype or float32
   TensorView rng_state;  // [2] int64 as forward left it; absent: nothing was dropped
-  TensorView x_grad;     // [rows, cols], out; absent in norm.h's use: bias_grad alone
+  TensorView x_grad;     // [rows, cols], out; the CPU: absent for bias_grad alone
   ColumnSums bias_grad;  // optional
   double probability = 0;
 };

@@ -29,8 +29,11 @@ void check_dropout(const char* op, const NormBackward& args) {
   REDLINE_CHECK(args.input_grad.present == args.rng_state.present, op,
                 ": input_grad: expected one beside an rng_state, and none without");
   if (args.input_grad) {
-    check_mixed(op, "input_grad", args.input_grad, args.y_grad.dtype);
-    check_matrix(op, "input_grad", args.input_grad, args.x, args.input_grad.dtype);
+    const DType dtype = args.input_grad.dtype;
+    REDLINE_CHECK(dtype == args.y_grad.dtype || dtype == args.x.dtype, op,
+                  ": input_grad: expected ", args.y_grad.dtype, " as y_grad has or ", args.x.dtype,
+                  " as x has, not ", dtype);
+    check_matrix(op, "input_grad", args.input_grad, args.x, dtype);
   }
   REDLINE_CHECK(!args.row_count || (!args.input_grad && !args.input_bias_grad.total), op,
                 ": row_count: expected none beside dropout or an input_bias");

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(column_threads, Op::blocks_per_sm)
 template <typename Op>
 int column_shared_bytes(Stream stream) {
   const int needed = Op::slots * ColumnRing::slot_bytes(Op::pieces);
-  const int limit = (stream.capability >= 90 ? 227 : 163) * 1024;
+  const int limit = shared_kib(stream.capability) * 1024;
   return Op::fits_more ? std::max(needed, limit / (Op::blocks_per_sm + 1) + 1024) : needed;
 }
 

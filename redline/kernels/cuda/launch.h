@@ -23,6 +23,13 @@ inline void check_status(cudaError_t status, const char* what) {
   }
 }
 
+// Shared memory that a block may have, in KiB (CUDA C++ Programming Guide, table of compute
+// capabilities).
+constexpr int shared_kib(int capability) {
+  if (capability == 80 || capability == 87) return 163;
+  return capability >= 90 && capability < 120 ? 227 : 99;
+}
+
 struct LaunchConfig {
   dim3 grid;
   dim3 block;

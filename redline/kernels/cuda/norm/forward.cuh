@@ -4,8 +4,7 @@
 // y = (x - m) * r * w + b (kernels/norm.h). The threads of a row hold it in registers, or a cluster
 // of blocks in shared memory: memory is read once and written once, by 16-byte accesses, up to four
 // of them in flight per thread, eight to shared memory. Rows that outgrow both are read again from
-// L2. Bound by bytes; of the floor:
-// bench/results.
+// L2. Bound by bytes; of the floor: bench/results.
 #pragma once
 
 #include "redline/kernels/cuda/norm/forward_statistics.cuh"
@@ -116,7 +115,8 @@ __global__ void __launch_bounds__(Tile::most_threads, blocks_per_sm<Form, Tile>)
     const int64_t row = first_row + r * Tile::groups;
     if (at.col == 0 && row < counted) store_statistics(args, row, found[r]);
   }
-#pragma unroll InputOf < Form, Tile> ::unroll
+  constexpr int unroll = InputOf<Form, Tile>::unroll;
+#pragma unroll unroll
   for (int v = 0; v < V; ++v) {
     if (at.col + v * at.step >= args.cols) break;
     const Scaling<T> by = scaling.take(args, at.from(v), v);
@@ -160,7 +160,7 @@ __device__ __forceinline__ Statistics long_statistics(const Forward& args, int64
   return {mean[0], inverse_root(sum[0], args)};
 }
 
-// Rows that outgrow the registers of a cluster, or of a block where there are no clusters.
+// Rows that outgrow a cluster's shared memory, or a block's registers where there are no clusters.
 template <typename Form, int Threads>
 __global__ void __launch_bounds__(Threads) long_forward_kernel(const Forward args) {
   using T = typename Form::T;
@@ -224,7 +224,7 @@ bool launch_block(const typename Form::ForwardArgs& args, int threads, Stream st
   if (args.rows <= 4 * stream.sm_count) {
     return launch_tile<Form, Tile<0, 2>>(args, 2 * threads, stream);
   }
-  if constexpr (!Form::layer) {
+  if constexpr (!Form::layer && std::is_same_v<typename Form::ForwardArgs, Forward>) {
     if (args.residual.data == nullptr) {
       return launch_tile<Form, Tile<0, 2, 2>>(args, 2 * threads, stream);
     }
@@ -253,8 +253,10 @@ template <typename Form>
 void launch_forward(const Forward& args, Stream stream) {
   if (launch_held<Form>(args, stream)) return;
   const int64_t vectors = ceil_div(args.cols, vector_size<typename Form::T>);
-  if (stream.capability >= 90 && vectors <= 4 * 8 * 512) {
-    launch_tile<Form, ClusterTile>(args, block_threads<8>(ceil_div(vectors, 4)), stream);
+  const int threads = block_threads<8>(ceil_div(vectors, 4));
+  if (stream.capability >= 90 && threads <= ClusterTile::most_threads &&
+      InputOf<Form, ClusterTile>::bytes(threads) <= (shared_kib(stream.capability) - 2) * 1024) {
+    launch_tile<Form, ClusterTile>(args, threads, stream);
     return;
   }
   note_walk(args.cols);

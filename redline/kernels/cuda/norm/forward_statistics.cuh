@@ -108,8 +108,8 @@ struct PartSizes {
           (rank * Tile::vectors + v * Tile::parts) * step + (e - rank * width) * 32 * N;
       elements += min(max(cols - first, 0), 32 * N);
     }
-    const float size = static_cast<float>(max(elements, 1));
-    return {size, __fdividef(1.0f, size)};
+    // A part of nothing has no mean and no weight.
+    return {static_cast<float>(elements), __fdividef(1.0f, static_cast<float>(max(elements, 1)))};
   }
 };
 

@@ -14,9 +14,6 @@
 namespace redline::cuda {
 namespace {
 
-constexpr int shared_limit = 225 * 1024;     // of a block's 227 on sm_90, without its arrays
-constexpr int shared_limit_80 = 161 * 1024;  // of 163 on sm_80
-
 // Lanes: threads of a row within a warp, or 0: whole warps of a block, of each of Cluster blocks. A
 // thread has one vector of the row: two of them for rms, whose sums are half of layer's, ran at
 // 0.88 of a copy where layer with one ran at 0.93 (H100, 16384 x 4096 bfloat16).
@@ -167,7 +164,7 @@ bool launch_tile(typename Form::BackwardArgs args, const Plan& plan, Stream stre
   using X = typename Form::X;
   Layout& layout = args.layout;
   constexpr int table = WeightTable<typename Form::T>::bytes;
-  const int limit = stream.capability >= 90 ? shared_limit : shared_limit_80;
+  const int limit = (shared_kib(stream.capability) - 2) * 1024;  // without the block's arrays
   const bool has_sum_grad = args.sum_grad.data != nullptr;
   layout = {.threads = plan.threads,
             .groups = plan.groups,

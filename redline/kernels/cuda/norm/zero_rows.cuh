@@ -2,6 +2,9 @@
 // since most calls have no such rows and its code would stand in their way.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+
 #include "redline/kernels/cuda/norm/row_input.cuh"
 
 namespace redline::cuda {
