@@ -213,14 +213,14 @@ def test_another_upstream_gradient_rescales(dtype, case, reduction, scale, devic
         assert_close(ours.cpu(), theirs.double().cpu(), dtype, roundings=3, sums=16)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
 def test_three_chunks_round_the_weights_gradient_three_times(dtype, reduction, device):
     """Against the float32 sum of the same products: a third, two thirds and the whole are rounded,
     sqrt(1/3 + 2/3 + 1) = 1.41 of one rounding where they are independent; cuBLASLt's kernels round
     the second and third product too: sqrt(1.41^2 + 2/3) = 1.63."""
     tensors, targets = draw(THREE[device], dtype, device, with_bias=False)
-    up = torch.full(targets.shape, 4.0, device=device) if reduction == "none" else 4.0
+    up = 4.0 if reduction == "mean" else 4.0 / targets.numel()
     ours, theirs = leaves_of(tensors), leaves_of(tensors)
     wide = torch.empty_like(tensors[1], dtype=torch.float32)
     for leaves, options in ((ours, {}), (theirs, {"main_grad": wide, "accumulate": False})):
@@ -231,6 +231,37 @@ def test_three_chunks_round_the_weights_gradient_three_times(dtype, reduction, d
     expected = 1.63 if device == "cuda" else 1.41
     assert 1.2 * once < relative_error(ours[1].grad, wide) < 1.1 * expected * once
     assert_close(ours[1].grad, wide.double(), dtype, roundings=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_scales_of_a_token_each_are_summed_in_float32(dtype, device):
+    """Of two signs, so that chunks may cancel, and their roundings would not."""
+    tensors, targets = draw(THREE[device], dtype, device, with_bias=False)
+    up = torch.ones(targets.shape, device=device)
+    up[1::2] = -1.0
+    ours, theirs = leaves_of(tensors), leaves_of(tensors)
+    wide = torch.empty_like(tensors[1], dtype=torch.float32)
+    for leaves, options in ((ours, {}), (theirs, {"main_grad": wide, "accumulate": False})):
+        call(leaves, targets, "none", loss_scale=up, **options).backward(up)
+    assert torch.equal(ours[1].grad, wide.to(dtype))
+
+
+def test_an_exported_promise_takes_any_number_of_tokens(device):
+    (x, weight), targets = draw((64, 8, 9001), torch.bfloat16, device, with_bias=False)
+
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(weight)
+
+        def forward(self, x, targets):
+            return call((x, self.weight), targets, "mean", loss_scale=1.0)
+
+    tokens = torch.export.Dim("tokens", min=2, max=100000)
+    program = torch.export.export(Head(), (x, targets), dynamic_shapes=({0: tokens}, {0: tokens}))
+    longer, wanted = draw((3000, 8, 9001), torch.bfloat16, device, with_bias=False)
+    expected = call((longer[0], weight), wanted, "mean")
+    assert_close(program.module()(longer[0], wanted).cpu(), expected.double().cpu(), roundings=1)
 
 
 @dtypes

@@ -60,8 +60,9 @@ int64_t chunk_of(int64_t count, int64_t width, const Tensor& x, Share share) {
   return std::min(count, fits ? round_up(chunk, tile) : chunk / tile * tile);
 }
 
-// True only where a promise's tokens make `few` chunks at most: by a product that a symbol may be
-// in, so with room for the rounding to tiles.
+// True only where a promise's tokens are known to make `few` chunks at most: by a product that a
+// symbol may be in, so with room for the rounding to tiles, and without a guard on the symbol,
+// which would bound what an exported program takes.
 bool has_few_chunks(const LossHead& head) {
   const Share share = promised_share(head.x);
   const int64_t bytes = share.parts <= few ? share.most_bytes : share.least_bytes;
@@ -69,16 +70,18 @@ bool has_few_chunks(const LossHead& head) {
   const c10::SymInt lines = head.targets.sym_numel() + few * tile;
   return (lines * head.weight.sym_size(0) * element)
       .sym_le(few * bytes)
-      .guard_or_false(__FILE__, __LINE__);
+      .statically_known_true(__FILE__, __LINE__);
 }
 
 // In which a promise sums the weight's gradient over its chunks. In 16 bits three parts of equal
 // size, each sum rounded, are off by sqrt(1/3 + 2/3 + 1) = 1.41 of one rounding; the library rounds
 // the second and third product before it adds them, sqrt(2/3) more: 1.63, of which stock has one
-// and the law allows two. The memory and the traffic are half of float32's.
+// and the law allows two. The memory and the traffic are half of float32's. Scales of a token each
+// may have two signs, and chunks that cancel leave their roundings: those are summed in float32.
 at::ScalarType kept_dtype(const LossHead& head, bool with_main_grad) {
   const at::ScalarType dtype = head.x.scalar_type(), wide = accumulation_type(head.x);
-  return dtype != wide && !with_main_grad && has_few_chunks(head) ? dtype : wide;
+  const bool narrow = dtype != wide && !with_main_grad && head.options.loss_scale->dim() == 0;
+  return narrow && has_few_chunks(head) ? dtype : wide;
 }
 
 template <typename Body>
