@@ -129,6 +129,18 @@ def test_norm_means_what_torch_means(dtype, shape, device):
         options = {"eps": 1e-5, "device": device}
         truth = stock(shape, dtype=torch.float64, **options)(x.double())
         assert_close(ours(shape, dtype=dtype, **options)(x), truth, roundings=2)
+    epsilon = torch.finfo(torch.float32).eps  # RMSNorm's own, in float32
+    truth = torch.nn.RMSNorm(shape, epsilon, dtype=torch.float64, device=device)(x.double())
+    assert_close(RMSNorm(shape, dtype=dtype, device=device)(x), truth, roundings=2)
+
+
+@pytest.mark.parametrize("name", ["RMSNorm", "LayerNorm", "LayerNormLinear", "TransformerLayer"])
+def test_dropout_without_a_residual_is_refused(name, device):
+    layer, x = seeded(LAYERS[name], device)
+    given = (x, None, 0.5) if name == "TransformerLayer" else (x,)
+    call = layer.forward_residual if name == "TransformerLayer" else layer
+    with pytest.raises(RuntimeError, match=r"dropout: expected 0 without a residual, not 0\.5"):
+        call(*given, **({} if name == "TransformerLayer" else {"dropout": 0.5}))
 
 
 @pytest.mark.parametrize("name", ["RMSNorm", "LayerNorm", "LayerNormLinear", "LayerNormMLP"])

@@ -19,13 +19,14 @@ void TransformerLayerImpl::reset() {
 }
 
 Stream TransformerLayerImpl::forward_residual(const Stream& stream, const Packing& packing) {
-  if (options.recompute != Recompute::full) return run(stream, packing);
-  const auto again = [this, packing,
+  const double drops = drawn();  // as it is now: backward may find the module in another mode
+  if (options.recompute != Recompute::full) return run(stream, packing, drops);
+  const auto again = [this, packing, drops,
                       dropout = stream.dropout](const variable_list& inputs) -> variable_list {
     const Stream given{.x = inputs[0],
                        .residual = inputs.size() > 1 ? std::optional(inputs[1]) : std::nullopt,
                        .dropout = dropout};
-    const Stream out = run(given, packing);
+    const Stream out = run(given, packing, drops);
     return {out.x, *out.residual};
   };
   variable_list inputs = {stream.x};
@@ -33,12 +34,12 @@ Stream TransformerLayerImpl::forward_residual(const Stream& stream, const Packin
   const variable_list out = recompute({.run = again,
                                        .parameters = parameters(),
                                        .owner = weak_from_this().lock(),
-                                       .random = drawn() > 0 || stream.dropout > 0},
+                                       .random = drops > 0 || stream.dropout > 0},
                                       inputs);
-  return {.x = out[0], .residual = out[1], .dropout = drawn()};
+  return {.x = out[0], .residual = out[1], .dropout = drops};
 }
 
-Stream TransformerLayerImpl::run(const Stream& stream, const Packing& packing) {
+Stream TransformerLayerImpl::run(const Stream& stream, const Packing& packing, double drops) {
   Tensor attended, residual = stream.x;
   if (stream.residual) {
     std::tie(attended, residual) =
@@ -46,8 +47,8 @@ Stream TransformerLayerImpl::run(const Stream& stream, const Packing& packing) {
   } else {
     attended = self_attention->forward(stream.x, packing);
   }
-  auto [y, sum] = layernorm_mlp->forward_residual(attended, residual, drawn());
-  return {.x = y, .residual = sum, .dropout = drawn()};
+  auto [y, sum] = layernorm_mlp->forward_residual(attended, residual, drops);
+  return {.x = y, .residual = sum, .dropout = drops};
 }
 
 Tensor TransformerLayerImpl::forward(const Tensor& x, const Packing& packing) {

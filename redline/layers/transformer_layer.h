@@ -44,7 +44,7 @@ class TransformerLayerImpl : public torch::nn::Cloneable<TransformerLayerImpl> {
 
  private:
   double drawn() const { return is_training() ? options.dropout : 0; }
-  Stream run(const Stream& stream, const Packing& packing);
+  Stream run(const Stream& stream, const Packing& packing, double drops);
 };
 using TransformerLayer = Holder<TransformerLayerImpl, TransformerLayerOptions>;
 

@@ -21,6 +21,11 @@ def _unflatten(y, shape):
     return y if len(shape) == 1 else y.unflatten(-1, shape)
 
 
+def refuse_dropout(op, dropout):
+    if dropout:
+        raise RuntimeError(f"{op}: dropout: expected 0 without a residual, not {dropout}")
+
+
 class RMSNorm(torch.nn.RMSNorm):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last axes; weight [normalized_shape].
 
@@ -59,6 +64,7 @@ class RMSNorm(torch.nn.RMSNorm):
         shape = self.normalized_shape
         options = (_flatten(self.weight, shape), self.epsilon(x), self.zero_centered)
         if residual is None:
+            refuse_dropout("rms_norm", dropout)
             return _unflatten(ops.rms_norm(_flatten(x, shape), *options), shape)
         rows, residual = _flatten(x, shape), _flatten(residual, shape)
         if dropout:
@@ -102,6 +108,7 @@ class LayerNorm(torch.nn.LayerNorm):
         weight, bias = _flatten(self.weight, shape), _flatten(self.bias, shape)
         options = (weight, bias, self.eps, self.zero_centered)
         if residual is None:
+            refuse_dropout("layer_norm", dropout)
             return _unflatten(ops.layer_norm(_flatten(x, shape), *options), shape)
         rows, residual = _flatten(x, shape), _flatten(residual, shape)
         if dropout:

@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 from redline import ops
 from redline.layers.attention import Attention
 from redline.layers.mlp import LayerNormMLP
+from redline.layers.norm import refuse_dropout
 
 RECOMPUTE = ("none", "selective", "full")
 
@@ -80,6 +81,7 @@ class TransformerLayer(torch.nn.Module):
 
     def _stream(self, x, residual, dropout, drawn, **where):
         if residual is None:
+            refuse_dropout("transformer_layer", dropout)
             attended, residual = self.self_attention(x, **where), x
         else:
             attended, residual = self.self_attention(x, residual, dropout=dropout, **where)
