@@ -102,13 +102,14 @@ def _dropped(setting: Setting, norm: Callable, name: str, vectors: int) -> Case:
         total = residual + F.dropout(x, probability)
         return norm(total, *parameters), total
 
-    def fused(x, residual, *parameters, probability=PROBABILITY):
-        return tuned(x, None, residual, probability, *parameters, EPSILON)
+    def fused(x, residual, *parameters, probability=PROBABILITY, bias=None):
+        return tuned(x, bias, residual, probability, *parameters, EPSILON)
 
-    # Two random masks cannot be compared: the error is that of probability 0.
+    # Two random masks cannot be compared: the error is that of probability 0, with a bias of zeros,
+    # or it would be the plain norm's.
     checked = {
         "stock": lambda *t: stock(*t, probability=0.0),
-        "tuned": lambda *t: fused(*t, probability=0.0),
+        "tuned": lambda x, *t: fused(x, *t, probability=0.0, bias=x.new_zeros(x.shape[-1])),
     }
     return _rows(setting, stock, fused, full=2, vectors=vectors, passes=(4, 5), checked=checked)
 
