@@ -17,11 +17,6 @@ using torch::autograd::variable_list;
 
 constexpr const char* op_name = "bias_dropout_add";
 
-void check_probability(double probability) {
-  TORCH_CHECK(probability >= 0 && probability <= 1, op_name, ": probability: expected 0 to 1, not ",
-              probability);
-}
-
 void check_inputs(const Tensor& x, const OptionalTensor& bias, const Tensor& residual) {
   TORCH_CHECK(x.dim() >= 1, op_name, ": x: expected at least one dimension, not a scalar");
   TORCH_CHECK(at::isFloatingType(x.scalar_type()), op_name, ": x: expected a floating dtype, not ",
@@ -37,7 +32,7 @@ void check_inputs(const Tensor& x, const OptionalTensor& bias, const Tensor& res
 std::tuple<Tensor, Tensor> bias_dropout_add_forward(const Tensor& x, const OptionalTensor& bias,
                                                     const Tensor& residual, double probability,
                                                     bool training) {
-  check_probability(probability);
+  check_probability(op_name, probability);
   check_inputs(x, bias, residual);
   const bool random = training && probability > 0;
   Tensor y = empty_contiguous(residual);
@@ -66,7 +61,7 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward(const Tensor& y_grad, const
                                                      const OptionalTensor& bias,
                                                      at::ScalarType x_dtype, double probability,
                                                      bool needs_bias) {
-  check_probability(probability);
+  check_probability(op_name, probability);
   check_devices(op_name, y_grad, {{"rng_state", rng_state}, {"bias", bias}});
   TORCH_CHECK(y_grad.dim() >= 1, op_name,
               ": y_grad: expected at least one dimension, not a scalar");

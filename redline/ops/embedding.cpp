@@ -23,18 +23,6 @@ void check_floating_type(const char* name, const Tensor& tensor) {
               ": expected a floating dtype, not ", tensor.scalar_type());
 }
 
-// [tokens] of a contiguous tensor of any rank, without the dispatch that view() costs.
-TensorView view_flat(const Tensor& tokens) {
-  TensorView result;
-  result.data = tokens.data_ptr();
-  result.dtype = dtype_from(tokens.scalar_type());
-  result.rank = 1;
-  result.present = true;
-  result.sizes[0] = tokens.numel();
-  result.strides[0] = 1;
-  return result;
-}
-
 // The row that padding_idx names; -1 for none.
 int64_t padding_row(std::optional<int64_t> padding_idx, int64_t vocabulary) {
   if (!padding_idx) return -1;
@@ -57,7 +45,7 @@ Tensor embedding_forward(const Tensor& tokens, const Tensor& weight) {
                weight_rows = with_rows("embedding", "weight", weight);
   note_bytes(flat.nbytes() + 2 * y.nbytes());  // the rows of the tokens alone
   const EmbeddingForward args{
-      .tokens = view_flat(flat), .weight = view_rows(weight_rows), .y = view_rows(y)};
+      .tokens = view_vector(flat), .weight = view_rows(weight_rows), .y = view_rows(y)};
   if (run_on_cuda(weight, args)) return y;
   check_tokens(args.tokens, weight.size(0));
   parallel_ranges(flat.numel(), rows_per_task(weight.size(1)), "tokens",
@@ -128,7 +116,7 @@ void sum_gradients(const Tensor& y_grad, const Tensor& tokens, const Tensor& wei
   const Tensor workspace =
       at::empty({workspace_size(y_grad, count, vocabulary)}, tokens.options().dtype(at::kInt));
   const EmbeddingBackward args{.y_grad = view_rows(y_grad_rows),
-                               .tokens = view_flat(flat),
+                               .tokens = view_vector(flat),
                                .weight_grad = view(weight_grad),
                                .workspace = view(workspace),
                                .padding_index = padding_row(padding_idx, vocabulary),

@@ -2,6 +2,7 @@
 
 #include "redline/ops/below_autograd.h"
 #include "redline/ops/norm_inner.h"
+#include "redline/ops/philox.h"
 #include "redline/ops/registration.h"
 #include "redline/ops/run.h"
 #include "redline/ops/strict.h"
@@ -137,13 +138,6 @@ std::tuple<Tensor, Tensor> bias_dropout_residual_layer_norm(
 
 namespace {
 
-// What is drawn with; refused outside of training too.
-double drawn(Norm norm, double probability, bool training) {
-  TORCH_CHECK(probability >= 0 && probability <= 1, name(norm),
-              ": probability: expected 0 to 1, not ", probability);
-  return training ? probability : 0;
-}
-
 // The public ops of one dispatch key: `Run` takes x and Inputs and returns {y} or {y, sum}.
 template <variable_list (*Run)(const Tensor&, const NormInputs&)>
 struct Public {
@@ -171,36 +165,28 @@ struct Public {
         Run(x, {Norm::layer, residual, weight, bias, row_count, epsilon, zero_centered});
     return {out[0], out[1]};
   }
+  // The probability is refused outside of training too.
+  static std::tuple<Tensor, Tensor> dropped(const Tensor& x, NormInputs in, double probability,
+                                            bool training) {
+    check_probability(name(in.norm), probability);
+    if (training) in.dropout = probability;
+    const auto out = Run(x, in);
+    return {out[0], out[1]};
+  }
   static std::tuple<Tensor, Tensor> dropout_rms(const Tensor& x, const OptionalTensor& input_bias,
                                                 const Tensor& residual, double probability,
                                                 const OptionalTensor& weight, double epsilon,
                                                 bool zero_centered, bool training) {
-    const auto out = Run(x, {Norm::rms,
-                             residual,
-                             weight,
-                             {},
-                             {},
-                             epsilon,
-                             zero_centered,
-                             input_bias,
-                             drawn(Norm::rms, probability, training)});
-    return {out[0], out[1]};
+    return dropped(x, {Norm::rms, residual, weight, {}, {}, epsilon, zero_centered, input_bias},
+                   probability, training);
   }
   static std::tuple<Tensor, Tensor> dropout_layer(const Tensor& x, const OptionalTensor& input_bias,
                                                   const Tensor& residual, double probability,
                                                   const OptionalTensor& weight,
                                                   const OptionalTensor& bias, double epsilon,
                                                   bool zero_centered, bool training) {
-    const auto out = Run(x, {Norm::layer,
-                             residual,
-                             weight,
-                             bias,
-                             {},
-                             epsilon,
-                             zero_centered,
-                             input_bias,
-                             drawn(Norm::layer, probability, training)});
-    return {out[0], out[1]};
+    return dropped(x, {Norm::layer, residual, weight, bias, {}, epsilon, zero_centered, input_bias},
+                   probability, training);
   }
   static void implement(torch::Library& m) {
     m.impl("rms_norm", rms);

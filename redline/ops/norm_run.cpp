@@ -22,15 +22,10 @@ void check_input(Norm norm, const Tensor& x) {
               ": x: expected a floating dtype, not ", x.scalar_type());
 }
 
-void check_probability(Norm norm, double probability) {
-  TORCH_CHECK(probability >= 0 && probability <= 1, name(norm),
-              ": probability: expected 0 to 1, not ", probability);
-}
-
 void check_inputs(const Tensor& x, const NormInputs& in) {
   const char* op = name(in.norm);
   check_input(in.norm, x);
-  check_probability(in.norm, in.dropout);
+  check_probability(name(in.norm), in.dropout);
   check_devices(op, x,
                 {{"residual", in.residual},
                  {"weight", in.weight},
@@ -120,7 +115,7 @@ NormGradients run_norm_backward(const Tensor& y_grad, const Tensor& x,
                                 const NormBackwardInputs& in) {
   const char* op = name(in.norm);
   check_input(in.norm, x);
-  check_probability(in.norm, in.dropout);
+  check_probability(name(in.norm), in.dropout);
   check_devices(op, x,
                 {{"y_grad", y_grad},
                  {"weight", in.weight},

@@ -11,4 +11,9 @@ namespace redline::ops {
 // build without CUDA.
 PhiloxState draw_philox(const at::Tensor& like);
 
+inline void check_probability(const char* op, double probability) {
+  TORCH_CHECK(probability >= 0 && probability <= 1, op, ": probability: expected 0 to 1, not ",
+              probability);
+}
+
 }  // namespace redline::ops

@@ -91,20 +91,8 @@ inline TensorView view_rows(const std::optional<at::Tensor>& tensor) {
   return tensor ? view_rows(*tensor) : TensorView{};
 }
 
-// A contiguous tensor as one row of all its elements, or as a vector of them.
-inline TensorView view_flat(const at::Tensor& tensor) {
-  TensorView result;
-  result.data = tensor.data_ptr();
-  result.dtype = dtype_from(tensor.scalar_type());
-  result.rank = 2;
-  result.present = true;
-  result.sizes[0] = 1;
-  result.sizes[1] = tensor.numel();
-  result.strides[0] = tensor.numel();
-  result.strides[1] = 1;
-  return result;
-}
-
+// A contiguous tensor as a vector of all its elements, without the dispatch that view() costs; or
+// as one row of them.
 inline TensorView view_vector(const at::Tensor& tensor) {
   TensorView result;
   result.data = tensor.data_ptr();
@@ -113,6 +101,14 @@ inline TensorView view_vector(const at::Tensor& tensor) {
   result.present = true;
   result.sizes[0] = tensor.numel();
   result.strides[0] = 1;
+  return result;
+}
+
+inline TensorView view_flat(const at::Tensor& tensor) {
+  TensorView result = view_vector(tensor);
+  result.rank = 2;
+  result.sizes[1] = result.strides[0] = result.sizes[0];
+  result.sizes[0] = result.strides[1] = 1;
   return result;
 }
 
