@@ -38,29 +38,19 @@ struct Forward {
   }
   template <bool Aligned>
   __device__ __forceinline__ void run(const Place<Aligned>& at, const Input& in) const {
-    float values[size], added[size] = {};
-    if (bias.data != nullptr) {
-      load_mixed<T>(bias.data, bias.is_float32, 0, at.col, at.end, Aligned, added);
-    }
-#pragma unroll
-    for (int i = 0; i < size; ++i) values[i] = element(in.x, i) + added[i];
-    dropout.apply(at, values);
-#pragma unroll
-    for (int i = 0; i < size; ++i) values[i] += element(in.residual, i);
+    float values[size];
+    dropped_sum(dropout, in.x, bias, in.residual, at, values);
     store(y.row<R>(at.row), at, pack<R>(values));
-    if (rng_state != nullptr && at.row == 0 && at.col == 0) store_state();
-  }
-  __device__ __forceinline__ void store_state() const {
-    const PhiloxKey key = dropout.key();
-    rng_state[0] = static_cast<int64_t>(key.seed);
-    rng_state[1] = static_cast<int64_t>(key.offset);
+    if (rng_state != nullptr && at.row == 0 && at.col == 0) {
+      dropout.store_state(rng_state);
+    }
   }
 };
 
 // Of an empty matrix: no thread has element 0.
 template <typename T, typename R>
 __global__ void state_kernel(const Forward<T, R> op) {
-  op.store_state();
+  op.dropout.store_state(op.rng_state);
 }
 
 // R: what y_grad holds.

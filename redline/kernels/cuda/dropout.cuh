@@ -31,6 +31,11 @@ struct Dropout {
     if (state.offset_pointer != nullptr) offset += *state.offset_pointer;
     return {seed, offset};
   }
+  __device__ __forceinline__ void store_state(int64_t* rng_state) const {
+    const PhiloxKey found = key();
+    rng_state[0] = static_cast<int64_t>(found.seed);
+    rng_state[1] = static_cast<int64_t>(found.offset);
+  }
   // Exactly zero where the element is dropped, whatever it holds. The product is rounded by itself,
   // not with what a kernel adds to it: the same bits in all of them.
   template <bool Aligned, int N>
@@ -45,6 +50,23 @@ struct Dropout {
     }
   }
 };
+
+// residual + dropout(x + bias) of one vector, before it is rounded: forward's formula, in all
+// kernels that have it. Bias: data and is_float32.
+template <typename T, typename R, int N, typename Bias, bool Aligned>
+__device__ __forceinline__ void dropped_sum(const Dropout& dropout, const Packed<T, N>& x,
+                                            const Bias& bias, const Packed<R, N>& residual,
+                                            const Place<Aligned>& at, float (&sum)[N]) {
+  float added[N] = {};
+  if (bias.data != nullptr) {
+    load_mixed<T>(bias.data, bias.is_float32, 0, at.col, at.end, Aligned, added);
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) sum[i] = element(x, i) + added[i];
+  dropout.apply(at, sum);
+#pragma unroll
+  for (int i = 0; i < N; ++i) sum[i] += element(residual, i);
+}
 
 inline Dropout dropout(const PhiloxState& state, bool random, double probability, int64_t cols) {
   return {state, random, philox::drop_threshold(probability),

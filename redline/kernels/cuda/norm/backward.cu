@@ -12,18 +12,6 @@ void launch_any(const Backward& args, Stream stream) {
   if (!launch_rows<Form>(args, stream)) launch_long_backward<Form>(args, stream);
 }
 
-template <typename T>
-void choose_backward(const Backward& args, bool is_wide, bool layer, bool aligned, Stream stream) {
-  visit_bool(layer, [&]<bool Layer>() {
-    visit_bool(aligned, [&]<bool Aligned>() {
-      if constexpr (sizeof(T) == 2) {
-        if (is_wide) return launch_any<Form<T, float, Layer, Aligned>>(args, stream);
-      }
-      launch_any<Form<T, T, Layer, Aligned>>(args, stream);
-    });
-  });
-}
-
 }  // namespace
 
 // A block for each of the 132 multiprocessors of an H100, or as many clusters as it runs at once
@@ -42,10 +30,12 @@ void run(const NormBackward& norm, Stream stream) {
   using namespace cuda;
   if (norm.rng_state || norm.input_bias_grad.total) return run_dropout(norm, stream);
   const Backward args = arguments(norm, stream);
-  visit_dtype<float, bfloat16, float16>("norm", norm.y_grad.dtype, [&]<typename T>() {
-    choose_backward<device_type<T>>(args, norm.x.dtype == DType::float32, norm.norm == Norm::layer,
-                                    is_aligned(norm), stream);
-  });
+  visit_forms(norm.y_grad.dtype, norm.x.dtype == DType::float32, norm.norm,
+              [&]<typename T, typename X, bool Layer>() {
+                visit_bool(is_aligned(norm), [&]<bool Aligned>() {
+                  launch_any<Form<T, X, Layer, Aligned>>(args, stream);
+                });
+              });
   sum_parameters(norm, stream);
 }
 

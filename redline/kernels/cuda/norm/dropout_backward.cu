@@ -49,18 +49,10 @@ bool launch_dropout(const NormBackward& norm, Stream stream) {
       {matrix(norm.input_grad),
        dropout(saved_state(norm.rng_state), true, norm.probability, norm.x.sizes[1])}};
   bool launched = false;
-  visit_dtype<float, bfloat16, float16>("norm", norm.y_grad.dtype, [&]<typename Host>() {
-    using T = device_type<Host>;
-    visit_bool(norm.norm == Norm::layer, [&]<bool Layer>() {
-      if constexpr (sizeof(T) == 2) {
-        if (norm.x.dtype == DType::float32) {
-          launched = launch_rows<DropoutForm<T, float, Layer>>(args, stream);
-          return;
-        }
-      }
-      launched = launch_rows<DropoutForm<T, T, Layer>>(args, stream);
-    });
-  });
+  visit_forms(norm.y_grad.dtype, norm.x.dtype == DType::float32, norm.norm,
+              [&]<typename T, typename X, bool Layer>() {
+                launched = launch_rows<DropoutForm<T, X, Layer>>(args, stream);
+              });
   return launched;
 }
 

@@ -17,7 +17,9 @@ struct DroppedSum {
   __device__ __forceinline__ void fill(RowInput<T, Held, V>& in, const Forward& args, int64_t row,
                                        Columns<true> at) const {
     constexpr int N = vector_size<T>;
-    if (rng_state != nullptr && row == 0 && at.col == 0) store_state();
+    if (rng_state != nullptr && row == 0 && at.col == 0) {
+      dropout.store_state(rng_state);
+    }
     Packed<T, N> x[V];
     load_vectors(row_at<const T>(args.x, row), at, x);
     load_vectors(row_at<const Held>(args.residual, row), at, in.held);
@@ -25,25 +27,12 @@ struct DroppedSum {
     for (int v = 0; v < V; ++v) {
       const int col = at.col + v * at.step;
       if (col >= at.cols) break;
-      float sum[N], added[N] = {};
-      if (input_bias.data != nullptr) {
-        load_mixed<T>(input_bias.data, input_bias.is_float32, 0, col, at.cols, true, added);
-      }
-#pragma unroll
-      for (int i = 0; i < N; ++i) sum[i] = element(x[v], i) + added[i];
-      dropout.apply(Place<true>{row, col, at.cols}, sum);
-#pragma unroll
-      for (int i = 0; i < N; ++i) sum[i] += element(in.held[v], i);
+      const Place<true> place = {row, col, at.cols};
+      float sum[N];
+      dropped_sum(dropout, x[v], input_bias, in.held[v], place, sum);
       in.held[v] = pack<Held>(sum);
-      store(row_at<Held>(args.sum, row), Place<true>{row, col, at.cols}, in.held[v]);
+      store(row_at<Held>(args.sum, row), place, in.held[v]);
     }
-  }
-
- private:
-  __device__ __forceinline__ void store_state() const {
-    const PhiloxKey key = dropout.key();
-    rng_state[0] = static_cast<int64_t>(key.seed);
-    rng_state[1] = static_cast<int64_t>(key.offset);
   }
 };
 
@@ -67,18 +56,10 @@ bool launch_dropout(const NormForward& norm, Stream stream) {
       {matrix(norm.input_bias), dropout(norm.philox, random, norm.probability, norm.x.sizes[1]),
        norm.rng_state.as<int64_t>()}};
   bool launched = false;
-  visit_dtype<float, bfloat16, float16>("norm", norm.y.dtype, [&]<typename Host>() {
-    using T = device_type<Host>;
-    visit_bool(norm.norm == Norm::layer, [&]<bool Layer>() {
-      if constexpr (sizeof(T) == 2) {
-        if (norm.residual.dtype == DType::float32) {
-          launched = launch_held<DropoutForm<T, float, Layer>>(args, stream);
-          return;
-        }
-      }
-      launched = launch_held<DropoutForm<T, T, Layer>>(args, stream);
-    });
-  });
+  visit_forms(norm.y.dtype, norm.residual.dtype == DType::float32, norm.norm,
+              [&]<typename T, typename X, bool Layer>() {
+                launched = launch_held<DropoutForm<T, X, Layer>>(args, stream);
+              });
   return launched;
 }
 

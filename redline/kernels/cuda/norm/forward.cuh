@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(Threads) long_forward_kernel(const Forward arg
 }
 
 template <typename Form, typename Tile>
-bool launch_tile(const typename Form::ForwardArgs& args, int threads, Stream stream) {
+void launch_tile(const typename Form::ForwardArgs& args, int threads, Stream stream) {
   int shared_bytes = 0;
   if constexpr (Tile::cluster > 1) {
     shared_bytes = InputOf<Form, Tile>::bytes(threads);
@@ -205,7 +205,6 @@ bool launch_tile(const typename Form::ForwardArgs& args, int threads, Stream str
           .cluster = Tile::cluster,
           .stream = stream},
          args);
-  return true;
 }
 
 // Threads of a block of V vectors each that hold `vectors`: whole warps.
@@ -220,7 +219,7 @@ int block_threads(int64_t vectors) {
 // copy, 16384 x 4096, H200: rms 0.97, four vectors 0.95; layer 0.90, 0.95; residual rms 0.96,
 // 0.98).
 template <typename Form>
-bool launch_block(const typename Form::ForwardArgs& args, int threads, Stream stream) {
+void launch_block(const typename Form::ForwardArgs& args, int threads, Stream stream) {
   if (args.rows <= 4 * stream.sm_count) {
     return launch_tile<Form, Tile<0, 2>>(args, 2 * threads, stream);
   }
@@ -229,7 +228,7 @@ bool launch_block(const typename Form::ForwardArgs& args, int threads, Stream st
       return launch_tile<Form, Tile<0, 2, 2>>(args, 2 * threads, stream);
     }
   }
-  return launch_tile<Form, Tile<0, 4, 1, 2>>(args, threads, stream);
+  launch_tile<Form, Tile<0, 4, 1, 2>>(args, threads, stream);
 }
 
 // Narrow rows lie within a warp, several at once; then a block has a row, or two. False, and
@@ -237,15 +236,22 @@ bool launch_block(const typename Form::ForwardArgs& args, int threads, Stream st
 template <typename Form>
 bool launch_held(const typename Form::ForwardArgs& args, Stream stream) {
   const int64_t vectors = ceil_div(args.cols, vector_size<typename Form::T>);
-  if (vectors <= 16) return launch_tile<Form, Tile<16, 1, 4>>(args, 128, stream);
-  if (vectors <= 32) return launch_tile<Form, Tile<32, 1, 4>>(args, 128, stream);
-  if (vectors <= 64) return launch_tile<Form, Tile<32, 2, 2>>(args, 128, stream);
-  if (vectors <= 128) return launch_tile<Form, Tile<32, 4>>(args, 128, stream);
-  if (vectors <= 2 * 512) return launch_block<Form>(args, block_threads<4>(vectors), stream);
-  if (vectors <= 4 * 512) {
-    return launch_tile<Form, Tile<0, 4>>(args, block_threads<4>(vectors), stream);
+  if (vectors <= 16) {
+    launch_tile<Form, Tile<16, 1, 4>>(args, 128, stream);
+  } else if (vectors <= 32) {
+    launch_tile<Form, Tile<32, 1, 4>>(args, 128, stream);
+  } else if (vectors <= 64) {
+    launch_tile<Form, Tile<32, 2, 2>>(args, 128, stream);
+  } else if (vectors <= 128) {
+    launch_tile<Form, Tile<32, 4>>(args, 128, stream);
+  } else if (vectors <= 2 * 512) {
+    launch_block<Form>(args, block_threads<4>(vectors), stream);
+  } else if (vectors <= 4 * 512) {
+    launch_tile<Form, Tile<0, 4>>(args, block_threads<4>(vectors), stream);
+  } else {
+    return false;
   }
-  return false;
+  return true;
 }
 
 // Then a cluster has a row.
@@ -304,7 +310,7 @@ void run_forward(const NormForward& norm, Stream stream) {
   visit_dtype<float, bfloat16, float16>("norm", norm.y.dtype, [&]<typename T>() {
     choose_forward<device_type<T>, Layer>(args, aligned, stream);
   });
-  if (norm.row_count) zero_rows(args, element_bytes(norm.y.dtype), stream);
+  if (norm.row_count) zero_rows(args, stream);
 }
 
 }  // namespace

@@ -59,6 +59,20 @@ struct Form {
   static constexpr bool layer = Layer_, aligned = Aligned_;
 };
 
+// Calls visit.operator()<T, X, layer>() for a dtype of T; X is float32 where `is_wide`, else T.
+template <typename Visit>
+void visit_forms(DType dtype, bool is_wide, Norm norm, Visit visit) {
+  visit_dtype<float, bfloat16, float16>("norm", dtype, [&]<typename Host>() {
+    using T = device_type<Host>;
+    visit_bool(norm == Norm::layer, [&]<bool Layer>() {
+      if constexpr (sizeof(T) == 2) {
+        if (is_wide) return visit.template operator()<T, float, Layer>();
+      }
+      visit.template operator()<T, T, Layer>();
+    });
+  });
+}
+
 // Why the launch that follows shares its rows as it does. Lanes: threads of a row within a warp, or
 // 0.
 inline void note_sharing(int64_t cols, int lanes, int cluster) {

@@ -19,25 +19,25 @@ __device__ __forceinline__ void zero_bytes(void* data, int64_t bytes) {
   }
 }
 
-__device__ __forceinline__ void zero_row(const Matrix& of, int64_t row, int cols, int bytes) {
+__device__ __forceinline__ void zero_row(const Matrix& of, int64_t row, int cols) {
   if (of.data == nullptr) return;
+  const int bytes = of.is_float32 ? 4 : 2;
   zero_bytes(static_cast<char*>(of.data) + row * of.stride * bytes, int64_t{cols} * bytes);
 }
 
-__global__ void zero_rows_kernel(const Forward args, int y_bytes) {
+__global__ void zero_rows_kernel(const Forward args) {
   for (int64_t row = counted_rows(args) + blockIdx.x; row < args.rows; row += gridDim.x) {
-    zero_row(args.y, row, args.cols, y_bytes);
-    zero_row(args.sum, row, args.cols, args.sum.is_float32 ? 4 : 2);
+    zero_row(args.y, row, args.cols);
+    zero_row(args.sum, row, args.cols);
     if (threadIdx.x != 0 || args.statistics_given) continue;
     args.inverse_std[row] = 0.0f;
     if (args.mean != nullptr) args.mean[row] = 0.0f;
   }
 }
 
-inline void zero_rows(const Forward& args, int64_t y_bytes, Stream stream) {
+inline void zero_rows(const Forward& args, Stream stream) {
   const int64_t blocks = std::min<int64_t>(args.rows, 8 * stream.sm_count);
-  launch(zero_rows_kernel, {.grid = dim3(blocks), .block = dim3(256), .stream = stream}, args,
-         static_cast<int>(y_bytes));
+  launch(zero_rows_kernel, {.grid = dim3(blocks), .block = dim3(256), .stream = stream}, args);
 }
 
 }  // namespace
