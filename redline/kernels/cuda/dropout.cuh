@@ -49,24 +49,23 @@ struct Dropout {
       values[i] = number < threshold ? 0.0f : __fmul_rn(values[i], scale);
     }
   }
-};
-
-// residual + dropout(x + bias) of one vector, before it is rounded: forward's formula, in all
-// kernels that have it. Bias: data and is_float32.
-template <typename T, typename R, int N, typename Bias, bool Aligned>
-__device__ __forceinline__ void dropped_sum(const Dropout& dropout, const Packed<T, N>& x,
-                                            const Bias& bias, const Packed<R, N>& residual,
-                                            const Place<Aligned>& at, float (&sum)[N]) {
-  float added[N] = {};
-  if (bias.data != nullptr) {
-    load_mixed<T>(bias.data, bias.is_float32, 0, at.col, at.end, Aligned, added);
+  // residual + dropout(x + bias) of one vector, before it is rounded: forward's formula, in all
+  // kernels that have it.
+  template <typename T, typename R, int N, bool Aligned>
+  __device__ __forceinline__ void add(const Packed<T, N>& x, const MixedRow& bias,
+                                      const Packed<R, N>& residual, const Place<Aligned>& at,
+                                      float (&sum)[N]) const {
+    float added[N] = {};
+    if (bias.data != nullptr) {
+      load_mixed<T>(bias.data, bias.is_float32, bias.offset, at.col, at.end, Aligned, added);
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) sum[i] = element(x, i) + added[i];
+    apply(at, sum);
+#pragma unroll
+    for (int i = 0; i < N; ++i) sum[i] += element(residual, i);
   }
-#pragma unroll
-  for (int i = 0; i < N; ++i) sum[i] = element(x, i) + added[i];
-  dropout.apply(at, sum);
-#pragma unroll
-  for (int i = 0; i < N; ++i) sum[i] += element(residual, i);
-}
+};
 
 inline Dropout dropout(const PhiloxState& state, bool random, double probability, int64_t cols) {
   return {state, random, philox::drop_threshold(probability),

@@ -29,7 +29,7 @@ struct DroppedSum {
       if (col >= at.cols) break;
       const Place<true> place = {row, col, at.cols};
       float sum[N];
-      dropped_sum(dropout, x[v], input_bias, in.held[v], place, sum);
+      dropout.add(x[v], row_of(input_bias, 0), in.held[v], place, sum);
       in.held[v] = pack<Held>(sum);
       store(row_at<Held>(args.sum, row), place, in.held[v]);
     }
