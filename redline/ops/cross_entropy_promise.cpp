@@ -197,7 +197,7 @@ void fulfil_inplace(const char* op, Tensor& kept, const Tensor& loss_grad,
   if (!kept.is_meta()) {
     const Tensor ratio = kept_ratio(op, loss_grad, loss_scale).to(accumulation_type(kept));
     if (kept.is_cuda()) {
-      const Tensor rows = with_rows(op, "logits_grad", kept);
+      const Tensor rows = with_rows(op, "kept", kept);
       run_on_cuda(kept, CrossEntropyRescale{.logits_grad = view_rows(rows), .ratio = view(ratio)});
       if (!rows.is_same(kept)) kept.copy_(rows);
     } else if (ratio.item<double>() != 1) {
