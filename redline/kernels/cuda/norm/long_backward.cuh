@@ -13,19 +13,20 @@ struct LongTerms {
   using T = typename Form::T;
   using X = typename Form::X;
   static constexpr int N = vector_size<T>;
-  float y_grad[N], normalized[N], weight[1][N];
+  float y_grad[N], x[N], normalized[N], weight[1][N];
 
   __device__ __forceinline__ void load(const Backward& args, int64_t row, Columns<Form::aligned> at,
                                        RowStatistics of) {
-    Packed<X, N> x[1];
+    Packed<X, N> raw[1];
     Packed<T, N> upstream[1];
-    load_vectors(row_at<const X>(args.x, row), at, x);
+    load_vectors(row_at<const X>(args.x, row), at, raw);
     load_vectors(row_at<const T>(args.y_grad, row), at, upstream);
     load_weight<T>(args, at, weight);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       y_grad[i] = element(upstream[0], i);  // zero past the row's end
-      normalized[i] = (element(x[0], i) - of.mean) * of.inverse_std;
+      x[i] = element(raw[0], i);
+      normalized[i] = (x[i] - of.mean) * of.inverse_std;
     }
   }
 };
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(Threads) long_x_grad_kernel(const Backward arg
     float out[1][N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      out[0][i] = gradient.value(terms.weight[0][i], terms.y_grad[i], terms.normalized[i]);
+      out[0][i] = gradient.value(terms.weight[0][i], terms.y_grad[i], terms.x[i]);
       if (args.sum_grad.data != nullptr) out[0][i] += element(sum_grad[0], i);
     }
     store_vectors(row_at<X>(args.x_grad, row), at(col), out);

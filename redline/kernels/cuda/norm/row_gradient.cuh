@@ -59,14 +59,14 @@ __device__ __forceinline__ RowStatistics statistics_of(const Backward& args, int
   return {Layer ? args.mean[row] : 0.0f, args.inverse_std[row]};
 }
 
-// x_grad of a row: r * (g - mean(g) - xh * mean(g * xh)), with g = y_grad * w and
-// xh = (x - mean) * r.
+// x_grad of a row: r * (g - mean(g) - (x - mean) * (r * mean(g * xh))), with g = y_grad * w and
+// xh = (x - mean) * r: the factor of a row once a row.
 struct RowGradient {
   RowStatistics of;
-  float product, gradient;  // mean(g * xh), mean(g)
+  float product, gradient;  // r * mean(g * xh), mean(g)
 
-  __device__ __forceinline__ float value(float weight, float y_grad, float normalized) const {
-    return (weight * y_grad - (normalized * product + gradient)) * of.inverse_std;
+  __device__ __forceinline__ float value(float weight, float y_grad, float x) const {
+    return fmaf(weight, y_grad, -fmaf(x - of.mean, product, gradient)) * of.inverse_std;
   }
 };
 
@@ -75,8 +75,36 @@ template <bool Layer>
 __device__ __forceinline__ RowGradient row_gradient(RowStatistics of,
                                                     const float (&sums)[Layer ? 2 : 1],
                                                     float inverse_cols) {
-  return {of, sums[0] * inverse_cols, Layer ? sums[Layer ? 1 : 0] * inverse_cols : 0.0f};
+  return {of, of.inverse_std * (sums[0] * inverse_cols),
+          Layer ? sums[Layer ? 1 : 0] * inverse_cols : 0.0f};
 }
+
+// One vector of a row as it lies in memory, widened element by element: registers.
+template <typename Form>
+struct RowVector {
+  using T = typename Form::T;
+  using X = typename Form::X;
+  static constexpr int N = vector_size<T>, sum_count = Form::layer ? 2 : 1;
+  RowStatistics of;
+  Packed<X, N> raw_x;
+  Packed<T, N> raw_y_grad;
+
+  __device__ __forceinline__ float y_grad(int i) const { return element(raw_y_grad, i); }
+  __device__ __forceinline__ float x(int i) const { return element(raw_x, i); }
+  __device__ __forceinline__ float normalized(int i) const {
+    return (x(i) - of.mean) * of.inverse_std;
+  }
+  // Adds element i to the sums over the row, of g * xh and g.
+  __device__ __forceinline__ void add(int i, float weight, float (&sums)[sum_count]) const {
+    const float g = weight * y_grad(i);
+    sums[0] = fmaf(g, normalized(i), sums[0]);
+    if constexpr (Form::layer) sums[1] += g;
+  }
+  // y, with forward's bits: the same operations.
+  __device__ __forceinline__ float y(int i, float weight, float bias) const {
+    return Form::layer ? fmaf(normalized(i), weight, bias) : normalized(i) * weight;
+  }
+};
 
 }  // namespace
 }  // namespace redline::cuda

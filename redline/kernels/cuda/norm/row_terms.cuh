@@ -99,35 +99,19 @@ struct RowTerms {
   int slot;
   RowStatistics of;
 
-  // What the ring holds, widened element by element: registers. Nothing for threads whose vector
-  // lies behind the row's end.
-  struct Loaded {
-    RowStatistics of;
-    Packed<X, N> x;
-    Packed<T, N> upstream;
-
-    __device__ __forceinline__ float y_grad(int i) const { return element(upstream, i); }
-    __device__ __forceinline__ float normalized(int i) const {
-      return (element(x, i) - of.mean) * of.inverse_std;
-    }
-  };
-  __device__ __forceinline__ Loaded load() const {
+  // Nothing for threads whose vector lies behind the row's end.
+  __device__ __forceinline__ RowVector<Form> load() const {
     return {of, ring.read<X, N>(slot, Pieces::x), ring.read<T, N>(slot, Pieces::y_grad)};
   }
 
   // Adds to the sums over this row, g * xh and g, and to those over rows, y_grad * xh and y_grad.
   __device__ __forceinline__ void sum(float (&sums)[Layer ? 2 : 1], float (&weight_sums)[N],
                                       float (&bias_sums)[N]) const {
-    const Loaded in = load();
+    const RowVector<Form> in = load();
     weight.each([&](int i, float w) {
-      const float y_grad = in.y_grad(i), normalized = in.normalized(i);
-      const float g = w * y_grad;
-      weight_sums[i] += y_grad * normalized;
-      sums[0] += g * normalized;
-      if constexpr (Layer) {
-        bias_sums[i] += y_grad;
-        sums[1] += g;
-      }
+      in.add(i, w, sums);
+      weight_sums[i] = fmaf(in.y_grad(i), in.normalized(i), weight_sums[i]);
+      if constexpr (Layer) bias_sums[i] += in.y_grad(i);
     });
   }
 
@@ -137,11 +121,10 @@ struct RowTerms {
                                         Columns<Form::aligned> at,
                                         const float (&sums)[Layer ? 2 : 1],
                                         const Behind& behind) const {
-    const Loaded in = load();
+    const RowVector<Form> in = load();
     const RowGradient gradient = row_gradient<Layer>(in.of, sums, args.inverse_cols);
     float out[1][N];
-    weight.each(
-        [&](int i, float w) { out[0][i] = gradient.value(w, in.y_grad(i), in.normalized(i)); });
+    weight.each([&](int i, float w) { out[0][i] = gradient.value(w, in.y_grad(i), in.x(i)); });
     if (args.sum_grad.data != nullptr) {
       const auto sum_grad = ring.read<X, N>(slot, Pieces::sum_grad);
 #pragma unroll
@@ -156,20 +139,17 @@ struct RowTerms {
   // With forward's bits: the same operations.
   __device__ __forceinline__ void store_y(const Backward& args, uint32_t row,
                                           Columns<Form::aligned> at) const {
-    const Loaded in = load();
+    const RowVector<Form> in = load();
     T* to = at_row<T>(args.y, row, args.layout.y, 0);
-    const auto value = [&](int i, float w, float bias) {
-      return Layer ? fmaf(in.normalized(i), w, bias) : in.normalized(i) * w;
-    };
     if constexpr (Form::aligned) {
       float bias[1][N] = {}, out[1][N];
       if constexpr (Layer) load_bias<T>(args, at, bias);
-      weight.each([&](int i, float w) { out[0][i] = value(i, w, bias[0][i]); });
+      weight.each([&](int i, float w) { out[0][i] = in.y(i, w, bias[0][i]); });
       store_vectors(to, at, out);
     } else {  // one by one: sm_80 has no registers for more
       weight.each([&](int i, float w) {
         const int col = at.col + i;
-        if (col < at.cols) to[col] = from_float<T>(value(i, w, Layer ? bias_at<T>(args, col) : 0));
+        if (col < at.cols) to[col] = from_float<T>(in.y(i, w, Layer ? bias_at<T>(args, col) : 0));
       });
     }
   }
