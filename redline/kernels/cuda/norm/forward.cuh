@@ -7,6 +7,7 @@
 // L2. Bound by bytes; of the floor: bench/results.
 #pragma once
 
+#include "redline/kernels/cuda/device/dependent_launch.cuh"
 #include "redline/kernels/cuda/norm/forward_statistics.cuh"
 #include "redline/kernels/cuda/norm/scaling.cuh"
 #include "redline/kernels/cuda/norm/shared_row_input.cuh"
@@ -83,7 +84,8 @@ __global__ void __launch_bounds__(Tile::most_threads, blocks_per_sm<Form, Tile>)
   constexpr int most_warps = L == 0 ? Tile::cluster * Tile::most_threads / 32 : 0;
   __shared__ float slots[L == 0 ? 2 * R * Tile::parts * most_warps : 1];
   extern __shared__ __align__(128) int4 row_memory[];  // of a cluster's
-  if constexpr (Tile::cluster > 1) cluster_arrive();   // the others' shared memory is there
+  wait_for_previous_launch();
+  if constexpr (Tile::cluster > 1) cluster_arrive();  // the others' shared memory is there
   const int threads = L == 0 ? static_cast<int>(blockDim.x) : L;
   const int group_index = L == 0 ? 0 : static_cast<int>(threadIdx.x / L);
   const int thread = static_cast<int>(threadIdx.x) - group_index * threads;
@@ -203,6 +205,7 @@ void launch_tile(const typename Form::ForwardArgs& args, int threads, Stream str
           .block = dim3(threads),
           .shared_bytes = shared_bytes,
           .cluster = Tile::cluster,
+          .overlap_previous = stream.capability >= 90,
           .stream = stream},
          args);
 }
