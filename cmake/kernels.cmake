@@ -71,6 +71,7 @@ if(REDLINE_WITH_CUDA)
       norm/backward
       norm/dropout_backward
       norm/dropout_forward
+      norm/few_rows
       norm/layer_forward
       norm/rms_forward
       rotary

@@ -106,20 +106,21 @@ def test_autocast_follows_stock(norm, device):
 
 @pytest.mark.parametrize("device", DEVICES[1:])
 @pytest.mark.parametrize(
-    ("cols", "with_bias", "expected"),
+    ("shape", "with_bias", "expected"),
     [
-        (4096, False, (["forward"], ["backward", "sum_chunks"])),
-        (4096, True, (["forward"], ["backward", "sum_chunks", "column", "sum_chunks"])),
-        (4097, False, (["element", "forward"], ["backward", "sum_chunks", "element"])),
-        (32768, False, (["element", "forward"], ["backward", "sum_chunks"])),
+        ((600, 4096), False, (["forward"], ["backward", "sum_chunks"])),
+        ((600, 4096), True, (["forward"], ["backward", "sum_chunks", "column", "sum_chunks"])),
+        ((600, 4097), False, (["element", "forward"], ["backward", "sum_chunks", "element"])),
+        ((40, 4096), False, (["forward"], ["few_rows", "element"])),
+        ((40, 32768), False, (["element", "forward"], ["backward", "sum_chunks"])),
     ],
 )
 @norms
-def test_kernels(norm, cols, with_bias, expected, device):
+def test_kernels(norm, shape, with_bias, expected, device):
     """One each way, but for an input bias's gradient and for rows that its kernels do not take."""
-    if cols == 32768 and torch.cuda.get_device_capability()[0] < 9:
+    if shape[1] == 32768 and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("without clusters such rows are walked")
-    given = inputs(norm, (40, cols), torch.bfloat16, device, with_bias)
+    given = inputs(norm, shape, torch.bfloat16, device, with_bias)
     leaves = [tensor.requires_grad_() for tensor in given]
     launches = redline.explain(fused(norm, with_bias), *leaves).launches
     for direction, names in zip(("forward", "backward"), expected, strict=True):

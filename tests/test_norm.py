@@ -13,7 +13,7 @@ from tolerance import assert_close
 
 NORMS = ["rms_norm", "layer_norm"]
 # A width for each way in which threads share a row, and rows enough for several per block.
-TILES = [(5, 504), (5, 1016), (300, 2048), (300, 4096), (5, 8184), (3, 16384)]
+TILES = [(5, 504), (5, 1016), (600, 2048), (300, 4096), (520, 4100), (5, 8184), (3, 16384)]
 
 
 def parameters(norm, cols, dtype, device):
@@ -184,9 +184,10 @@ def test_a_row_is_the_same_among_many(norm, cols, device):
     """Few rows of a width and many of it are other kernels on CUDA."""
     x = randn(1200, cols, dtype=torch.bfloat16, device=device)
     extra = parameters(norm, cols, torch.bfloat16, device)
-    y = getattr(ops, norm)(x, *extra)
-    for row in (0, 601, 1199):
-        assert torch.equal(getattr(ops, norm)(x[row], *extra), y[row])
+    (y,), grads, (upstream,) = contract.gradients(getattr(ops, norm), [x, *extra])
+    for row in (slice(0, 1), slice(600, 604), slice(1199, 1200)):
+        alone = contract.gradients(getattr(ops, norm), [x[row], *extra], [upstream[row]])
+        assert torch.equal(alone[0][0], y[row]) and torch.equal(alone[1][0], grads[0][row])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -203,11 +204,12 @@ def test_wide_rows_far_from_zero(norm, dtype, cols, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("cols", [65, 1032])
 @pytest.mark.parametrize("norm", NORMS)
-def test_row_count_on_the_device(norm, device):
-    x = randn(9, 65, dtype=torch.bfloat16, device=device)
+def test_row_count_on_the_device(norm, cols, device):
+    x = randn(9, cols, dtype=torch.bfloat16, device=device)
     count = torch.tensor(5, device=device)
-    extra = parameters(norm, 65, torch.bfloat16, device)
+    extra = parameters(norm, cols, torch.bfloat16, device)
     outs, grads, up = contract.gradients(
         lambda *args: getattr(ops, norm)(*args, row_count=count), [x, *extra]
     )

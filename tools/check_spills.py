@@ -26,6 +26,7 @@ read_for_registers = {
     "embedding/forward.cu",
     "norm/backward.cu",
     "norm/dropout_backward.cu",
+    "norm/few_rows.cu",
     "norm/layer_forward.cu",
     "norm/rms_forward.cu",
     "rotary.cu",

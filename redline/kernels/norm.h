@@ -60,8 +60,9 @@ struct NormBackward {
   TensorView bias;            // [cols], optional, layer alone: for y
   TensorView y;               // [rows, cols], out, optional: forward's once more, its bits, of
                               // y_grad's dtype; without a row_count
-  TensorView weight_partial;  // [chunks, cols] accumulation dtype, workspace; with weight_grad
-  TensorView bias_partial;    // [chunks, cols] accumulation dtype, workspace; with bias_grad
+  TensorView weight_partial;  // [chunks, cols] accumulation dtype, workspace; with weight_grad,
+                              // unless norm_chunks() is 0
+  TensorView bias_partial;    // [chunks, cols] accumulation dtype, workspace; with bias_grad, as well
   TensorView weight_grad;     // [cols], out, optional
   TensorView bias_grad;       // [cols], out, optional, layer alone
   bool zero_centered = false;
@@ -93,7 +94,7 @@ void run(const NormBackward&, Stream);
 
 // How many chunks the rows fall into: a function of shape and dtype, on the CPU
 // cpu::column_chunks(); on CUDA of the GPU's generation too: from compute capability 9.0 on, long
-// rows are shared by a cluster of blocks.
+// rows are shared by a cluster of blocks. 0: so few rows that there is no workspace.
 namespace cuda {
 int64_t norm_chunks(DType y_grad, int64_t rows, int64_t cols, int capability);
 }

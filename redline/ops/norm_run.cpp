@@ -58,7 +58,7 @@ int64_t chunk_count(const Tensor& y_grad, const TensorView& rows) {
 }
 
 Tensor partial_sums(const Tensor& x, int64_t chunks, bool needed) {
-  if (!needed) return {};
+  if (!needed || chunks == 0) return {};
   return at::empty({chunks, x.size(-1)}, x.options().dtype(accumulation_type(x)));
 }
 

@@ -4,6 +4,7 @@
 // third of them for layer, in registers that there are not.
 #include "redline/kernels/cuda/dropout.cuh"
 #include "redline/kernels/cuda/norm/dropout.h"
+#include "redline/kernels/cuda/norm/few_rows.h"
 #include "redline/kernels/cuda/norm/row_backward.cuh"
 #include "redline/kernels/cuda/sum_chunks.cuh"
 
@@ -44,6 +45,8 @@ struct DropoutForm : Form<T, X, Layer, true> {
 // False, and nothing launched, where the kernel does not fit.
 bool launch_dropout(const NormBackward& norm, Stream stream) {
   if (!norm.rng_state || norm.input_bias_grad.total || !is_aligned(norm)) return false;
+  // Whose sums over rows have an order of their own, as they have without dropout.
+  if (has_few_rows(norm.y_grad.dtype, norm.x.sizes[0], norm.x.sizes[1])) return false;
   const DropoutBackward args = {
       arguments(norm, stream),
       {matrix(norm.input_grad),
