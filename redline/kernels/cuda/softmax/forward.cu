@@ -62,19 +62,25 @@ struct Exponent {
   }
 };
 
-// The mask of V vectors of scores. Aligned: its bytes beside a vector are one load; byte by byte
-// they took as long as the scores (H100, 4096 keys: 0.62 of a copy).
-template <int V, int N, bool Aligned>
+// The mask of V vectors of scores, a byte beside each score. Aligned: one load a vector, and all of
+// them on their way together. As words: of an array of bool the compiler takes each load apart
+// before it asks for the next, and a row waits for L2 V times.
+template <int V, int Words, bool Aligned>
 __device__ __forceinline__ void load_mask(const Row& row, Columns<Aligned> at,
-                                          Packed<bool, N> (&masked)[V]) {
+                                          Packed<uint32_t, Words> (&masked)[V]) {
+  constexpr int N = Words * 4;
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     const int col = at.col + v * at.step;
     if constexpr (Aligned) {
-      if (row.touch(col, N)) masked[v] = *reinterpret_cast<const Packed<bool, N>*>(row.mask + col);
+      if (row.touch(col, N)) {
+        masked[v] = *reinterpret_cast<const Packed<uint32_t, Words>*>(row.mask + col);
+      }
     } else {
 #pragma unroll
-      for (int i = 0; i < N; ++i) masked[v].values[i] = row.is_masked(col + i);
+      for (int i = 0; i < N; ++i) {
+        if (row.is_masked(col + i)) masked[v].values[i / 4] |= 1u << i % 4 * 8;
+      }
     }
   }
 }
@@ -91,23 +97,23 @@ __device__ __forceinline__ uint32_t widened(uint32_t mask, bool upper) {
 }
 
 // Where `masked` is set, `excluded` in place of the score: two 16-bit scores at once.
-template <typename T, int N>
-__device__ __forceinline__ void exclude(Packed<T>& held, const Packed<bool, N>& masked,
+template <typename T, int Words>
+__device__ __forceinline__ void exclude(Packed<T>& held, const Packed<uint32_t, Words>& masked,
                                         T excluded) {
+  constexpr int N = Words * 4;
   if constexpr (sizeof(T) == 2) {
     const T two[2] = {excluded, excluded};
     const uint32_t instead = *reinterpret_cast<const uint32_t*>(two);
     auto& words = reinterpret_cast<uint32_t(&)[N / 2]>(held);
-    const auto& bytes = reinterpret_cast<const uint32_t(&)[N / 4]>(masked);
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) {
-      const uint32_t ones = widened(bytes[i / 2], i % 2 == 1);
+      const uint32_t ones = widened(masked.values[i / 2], i % 2 == 1);
       words[i] = (words[i] & ~ones) | (instead & ones);
     }
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if (masked.values[i]) held.values[i] = excluded;
+      if (masked.values[i / 4] & 0xffu << i % 4 * 8) held.values[i] = excluded;
     }
   }
 }
@@ -125,7 +131,7 @@ __device__ __forceinline__ void load_scores(const ForwardArgs& args, const T* sc
     const int col = at.col + v * at.step;
     if (row.touch(col, N)) held[v] = load(scores, Place<Aligned>{0, col, at.cols});
   }
-  Packed<bool, N> masked[V] = {};
+  Packed<uint32_t, N / 4> masked[V] = {};
   if (row.mask != nullptr) load_mask(row, at, masked);
 #pragma unroll
   for (int v = 0; v < V; ++v) {
