@@ -16,7 +16,18 @@ struct ForwardArgs : Shape {
   void* probabilities;
   float* sink_probability;
   int64_t scores_stride, stride, mask_batch, mask_head, mask_query, mask_key;
+  bool heads_together;  // blocks go over the heads of a query before the next query
 };
+
+// The index-th row in the order of the blocks.
+__device__ __forceinline__ int64_t row_at(const ForwardArgs& args, int64_t index) {
+  if (!args.heads_together) return index;
+  const uint32_t narrow = static_cast<uint32_t>(index), rest = args.per_batch.quotient(narrow);
+  const uint32_t head = args.per_batch.remainder(narrow);
+  const uint32_t batch = args.per_head.quotient(rest), query = args.per_head.remainder(rest);
+  return (batch * static_cast<uint32_t>(args.heads) + head) * static_cast<uint32_t>(args.queries) +
+         query;
+}
 
 __device__ __forceinline__ float negative_infinity() { return __int_as_float(0xff800000); }
 
@@ -193,7 +204,7 @@ __device__ __forceinline__ Normaliser normaliser(const ForwardArgs& args,
   const float whole = own.group.sum(total, own.group.slots + 32) + E::above(sink, origin);
   const float inverse_sum = whole == 0.0f ? 0.0f : 1.0f / whole;
   if (args.sink != nullptr && own.thread == 0 && own.row < args.rows) {
-    args.sink_probability[own.row] = E::above(sink, origin) * inverse_sum;
+    args.sink_probability[row_at(args, own.row)] = E::above(sink, origin) * inverse_sum;
   }
   return {below * inverse_sum, origin, inverse_sum};
 }
@@ -252,14 +263,21 @@ __device__ __forceinline__ Running exponentials(Packed<T> (&held)[V], const Row&
   return running;
 }
 
+// Threads a multiprocessor holds at least. 1152 and 1280: 56 and 48 registers, the next step is 8.
+template <int Lanes, bool Aligned>
+inline constexpr int resident = !Aligned     ? 384
+                                : Lanes == 0 ? 1152
+                                             : 1280;
+
 template <typename T, int Lanes, int V, bool Aligned>
 __global__ void __launch_bounds__(RowThreads<Lanes>::most_threads,
-                                  (Aligned ? 768 : 384) / RowThreads<Lanes>::most_threads)
+                                  resident<Lanes, Aligned> / RowThreads<Lanes>::most_threads)
     forward_kernel(const ForwardArgs args) {
   constexpr int N = vector_size<T>;
   __shared__ float slots[64];
   const RowThreads<Lanes> own(slots);
-  const int64_t row_index = min(own.row, args.rows - 1);  // all lanes take part in the sums
+  // All lanes take part in the sums.
+  const int64_t row_index = row_at(args, min(own.row, args.rows - 1));
   const Shape::Place place = args.place(row_index);
   const Row row = row_of(args, place);
   const T* scores = static_cast<const T*>(args.scores) + row_index * args.scores_stride;
@@ -288,10 +306,11 @@ __global__ void __launch_bounds__(512) long_forward_kernel(const ForwardArgs arg
   __shared__ float slots[64];
   const RowThreads<0> own(slots);
   if (own.row >= args.rows) return;
-  const Shape::Place place = args.place(own.row);
+  const int64_t row_index = row_at(args, own.row);
+  const Shape::Place place = args.place(row_index);
   const Row row = row_of(args, place);
-  const T* scores = static_cast<const T*>(args.scores) + own.row * args.scores_stride;
-  T* out = static_cast<T*>(args.probabilities) + own.row * args.stride;
+  const T* scores = static_cast<const T*>(args.scores) + row_index * args.scores_stride;
+  T* out = static_cast<T*>(args.probabilities) + row_index * args.stride;
   const Columns<Aligned> at = {own.thread * N, own.threads * N, args.cols};
   const float factor = args.scale * Exponent<T>::unit;
   Packed<T> held[1];
@@ -325,12 +344,22 @@ void run(const SoftmaxForward& args, Stream stream) {
   const bool aligned =
       are_aligned("softmax", {{"scores", &args.scores}, {"probabilities", &args.probabilities}}) &&
       is_read_by_vectors(args.mask, 16 / element_bytes(args.scores.dtype));
-  const ForwardArgs device = {shape_of(args, args.scores), args.scores.data,
-                              args.mask.as<const bool>(),  args.sink.as<const float>(),
-                              args.probabilities.data,     args.sink_probability.as<float>(),
-                              args.scores.strides[0],      args.probabilities.strides[0],
-                              args.mask.strides[0],        args.mask.strides[1],
-                              args.mask.strides[2],        args.mask.strides[3]};
+  // A mask that all heads share is then read from memory once, whatever its size.
+  const bool heads_together =
+      args.mask && args.mask.strides[1] == 0 && args.scores.sizes[0] <= INT32_MAX;
+  const ForwardArgs device = {shape_of(args, args.scores),
+                              args.scores.data,
+                              args.mask.as<const bool>(),
+                              args.sink.as<const float>(),
+                              args.probabilities.data,
+                              args.sink_probability.as<float>(),
+                              args.scores.strides[0],
+                              args.probabilities.strides[0],
+                              args.mask.strides[0],
+                              args.mask.strides[1],
+                              args.mask.strides[2],
+                              args.mask.strides[3],
+                              heads_together};
   visit_dtype<float, bfloat16, float16>("softmax", args.scores.dtype, [&]<typename Host>() {
     using T = device_type<Host>;
     if (device.rows == 0) return;
