@@ -23,7 +23,7 @@ def test_targets_out_of_range(device):
             ops.cross_entropy(computed, targets, loss_scale=1.0, inplace_backward=True)
         assert torch.equal(computed, logits)
         return
-    for cols in (32, 33):  # one pass, two passes
+    for cols in (32, 33):  # whole vectors, and more
         one = torch.ones(6, device=device)
         loss, grad = call(logits[:, :cols].contiguous(), targets, "none", up=one, promise=one)
         bad = torch.tensor([False, False, True, False, True, False], device=device)

@@ -7,20 +7,6 @@ namespace redline {
 namespace cuda {
 namespace {
 
-// Elements [col, col + N) of those within the row; row + col is a multiple of 16 bytes.
-template <typename T>
-__device__ __forceinline__ void store_inside(T* row, int col, int cols, const Packed<T>& packed) {
-  constexpr int N = vector_size<T>;
-  if (col >= 0 && col + N <= cols) {
-    *reinterpret_cast<Packed<T>*>(row + col) = packed;
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (col + i >= 0 && col + i < cols) row[col + i] = packed.values[i];
-    }
-  }
-}
-
 // Vectors lie at the gradient's multiples of 16 bytes; the first may begin before the row. Logits
 // and gradient in one memory lie alike, so that each vector is then read by the thread that writes
 // it. Aligned: all rows of both start at such a multiple.

@@ -80,6 +80,20 @@ __device__ __forceinline__ Packed<T> gradient_vector(const Packed<T>& logits,
   return pack<T>(grad);
 }
 
+// Elements [col, col + N) of those within the row; row + col is a multiple of 16 bytes.
+template <typename T>
+__device__ __forceinline__ void store_inside(T* row, int col, int cols, const Packed<T>& packed) {
+  constexpr int N = vector_size<T>;
+  if (col >= 0 && col + N <= cols) {
+    *reinterpret_cast<Packed<T>*>(row + col) = packed;
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (col + i >= 0 && col + i < cols) row[col + i] = packed.values[i];
+    }
+  }
+}
+
 inline GradientArgs gradient_args(const CrossEntropyGradient& args) {
   return {logits_of(args),
           args.statistics.as<const float>(),

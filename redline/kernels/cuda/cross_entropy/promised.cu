@@ -23,10 +23,12 @@ __global__ void __launch_bounds__(most_threads)
   }
 }
 
-// Blocks per row, the fewest whose parts are small enough; 0 where eight are not.
+// Blocks per row, the fewest whose parts are small enough; 0 where eight are not. A matter of shape
+// and dtype, for the order of the sums is one of the parts.
 int cluster_of(int64_t row_bytes) {
+  const int64_t limit = part_limit - (row_bytes % vector_bytes == 0 ? 0 : piece_room);
   for (const int cluster : {1, 2, 4, 8}) {
-    if (row_bytes <= int64_t{cluster} * part_limit) return cluster;
+    if (row_bytes <= cluster * limit) return cluster;
   }
   return 0;
 }
@@ -39,9 +41,7 @@ void run(const CrossEntropyPromise& args, Stream stream) {
   const int64_t rows = args.logits.sizes[0];
   const int64_t row_bytes = args.logits.sizes[1] * element_bytes(args.logits.dtype);
   const int cluster = cluster_of(row_bytes);
-  // Which of the two is a matter of shape and dtype.
-  if (stream.capability / 10 != 9 || cluster == 0 || row_bytes % 16 != 0 ||
-      rows * cluster > INT32_MAX) {
+  if (stream.capability / 10 != 9 || cluster == 0 || rows * cluster > INT32_MAX) {
     run(statistics_of(args), stream);
     run(gradient_of(args), stream);
     return;

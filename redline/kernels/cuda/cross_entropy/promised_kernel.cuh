@@ -2,8 +2,10 @@
 // shared memory of a block or of a cluster: it is read once, each thread adds up what it copied
 // itself as it comes, the blocks send one another their statistics, and each thread writes the
 // gradient of what it copied. At least three blocks share a multiprocessor, so that one row's loads
-// run under another's stores. Two passes on other GPUs than Hopper, for rows that are longer or no
-// whole number of vectors: docs/cross_entropy.md.
+// run under another's stores. A row that starts anywhere lies as far past a multiple of 16 bytes in
+// shared memory as in memory: what crosses over is whole pieces of 16 bytes, what is added up are
+// the elements of an aligned row, out of two pieces each. Two passes on other GPUs than Hopper and
+// for longer rows: docs/cross_entropy.md.
 #pragma once
 
 #include "redline/kernels/cuda/cross_entropy/gradient.cuh"
@@ -23,14 +25,16 @@ constexpr int most_threads = 256;
 // takes for itself and what its arrays take. 152064 16-bit classes are four such parts.
 constexpr int arrays_limit = 768;
 constexpr int part_limit = 228 * 1024 / 3 - 1024 - arrays_limit;
+// For rows that start anywhere: 31 bytes past a sector as in memory, a piece before and two behind.
+constexpr int piece_room = 128;
 constexpr int groups_limit = 5;  // wait_for_copies() counts four that are on their way
 static_assert(part_limit <= groups_limit * in_flight * most_threads * 16);
 
 struct PromisedArgs : GradientArgs {
   float* found;  // the statistics
   int64_t* predictions;
-  int part;      // columns of a block: whole lines of 128 bytes
-  bool aligned;  // every row of the logits and of the gradient starts at a multiple of 16 bytes
+  int part;  // columns of a block: whole lines of 128 bytes
+  int room;  // bytes of shared memory beyond its part: none, or piece_room
 };
 
 // What the blocks of a row tell one another.
@@ -91,52 +95,109 @@ __device__ __forceinline__ Running over_cluster(const Running& own, Largest& lar
   return all;
 }
 
-// Copies this thread's vectors of the row into `tile`, in groups of `in_flight`: their number. Of
-// unaligned rows element by element: so that strides change no bit, a path for them and no more.
+// Where a row lies in shared memory: as far past a sector of 32 bytes as in memory, so that no
+// copy fetches a sector twice.
+template <typename T>
+__device__ __forceinline__ T* tile_of(char* shared, const T* row, int room) {
+  const int past = static_cast<int>(reinterpret_cast<uintptr_t>(row) % 32);
+  return reinterpret_cast<T*>(shared + (room == 0 ? 0 : 32 + past));
+}
+
+// Elements of a row before its first multiple of 16 bytes.
+template <typename T>
+__device__ __forceinline__ int head_of(int shift) {
+  return shift == 0 ? 0 : (16 - shift) / static_cast<int>(sizeof(T));
+}
+
+// What lies before the row's first and behind its last multiple of 16 bytes, and -inf behind it up
+// to a whole vector.
+template <typename T>
+__device__ __forceinline__ void copy_edges(T* tile, const T* row, int cols, int head) {
+  constexpr int N = vector_size<T>;
+  static_assert(3 * N <= 32);
+  const int thread = static_cast<int>(threadIdx.x), tail = head + max(cols - head, 0) / N * N;
+  const int col = thread < N ? thread : tail + thread - N;
+  if (thread < N ? col < head : thread < 3 * N && col < (cols + N - 1) / N * N) {
+    tile[col] = col < cols ? row[col] : from_float<T>(negative_infinity());
+  }
+}
+
+// Copies the row's pieces into `tile`, in groups of `in_flight` a thread: their number. A group
+// has the last piece of the vectors of its number; the first may lie in the group before.
 template <typename T, int Threads>
-__device__ __forceinline__ int request(T* tile, const T* row, int cols, bool aligned) {
+__device__ __forceinline__ int request(T* tile, const T* row, int cols, int head) {
   constexpr int N = vector_size<T>, step = Threads * N;
   int groups = 0;
   for (int first = 0; first < cols; first += in_flight * step, ++groups) {
 #pragma unroll
     for (int v = 0; v < in_flight; ++v) {
-      const int col = first + v * step + static_cast<int>(threadIdx.x) * N;
-      if (col >= cols) continue;
-      if (aligned) {
-        copy_async(tile + col, row + col);
-      } else {
-        *reinterpret_cast<Packed<T>*>(tile + col) = load<T>(row, col, cols, false);
-      }
+      const int col = head + first + v * step + static_cast<int>(threadIdx.x) * N;
+      if (col + N <= cols) copy_async(tile + col, row + col);
     }
     __pipeline_commit();
   }
   return groups;
 }
 
-// A vector of the tile, or -inf beyond the row: by words, where elements would be selected one by
-// one.
+// The vector at `from`, which lies `shift` bytes past a multiple of 16.
 template <typename T>
-__device__ __forceinline__ Packed<T> read_or_outside(const T* tile, int col, int cols) {
-  constexpr uint32_t outside = sizeof(T) == 4                     ? 0xff800000u
-                               : std::is_same_v<T, __nv_bfloat16> ? 0xff80ff80u
-                                                                  : 0xfc00fc00u;
-  uint4 words = {outside, outside, outside, outside};
-  if (col < cols) words = *reinterpret_cast<const uint4*>(tile + col);
+__device__ __forceinline__ Packed<T> read_shifted(const T* from, int shift) {
+  const auto* pieces = reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(from) - shift);
+  uint4 words = pieces[0];
+  if (shift != 0) words = shift_bytes(words, pieces[1], shift);
   return *reinterpret_cast<const Packed<T>*>(&words);
 }
 
-// What this thread has copied, as it comes; where `largest` is given, it too.
+// A row in shared memory, `shift` bytes past a multiple of 16. Shared: a thread reads what others
+// have copied.
+template <typename T>
+struct Tile {
+  const T* data;
+  int cols, groups, shift;
+  bool shared;
+};
+
+// Four vectors of it, -inf beyond the row: by words, where elements would be selected one by one.
+// All are asked for before the first is shifted.
+template <typename T>
+__device__ __forceinline__ void read_vectors(const Tile<T>& tile, RowVectors at,
+                                             Packed<T> (&out)[in_flight]) {
+  constexpr uint32_t outside = sizeof(T) == 4                     ? 0xff800000u
+                               : std::is_same_v<T, __nv_bfloat16> ? 0xff80ff80u
+                                                                  : 0xfc00fc00u;
+  uint4 low[in_flight], high[in_flight];
+  const auto read = [&](uint4(&words)[in_flight], int bytes) {
+#pragma unroll
+    for (int v = 0; v < in_flight; ++v) {
+      const int col = at.col + v * at.step;
+      words[v] = {outside, outside, outside, outside};
+      if (col >= at.cols) continue;
+      const char* from = reinterpret_cast<const char*>(tile.data + col);
+      words[v] = *reinterpret_cast<const uint4*>(from + bytes);
+    }
+  };
+  read(low, -tile.shift);
+  if (tile.shift != 0) {
+    read(high, 16 - tile.shift);
+#pragma unroll
+    for (int v = 0; v < in_flight; ++v) low[v] = shift_bytes(low[v], high[v], tile.shift);
+  }
+#pragma unroll
+  for (int v = 0; v < in_flight; ++v) out[v] = *reinterpret_cast<const Packed<T>*>(&low[v]);
+}
+
+// The row as it comes; where `largest` is given, it too.
 template <typename T, int Threads>
-__device__ __forceinline__ Running add_tile(const T* tile, int cols, int groups, Formula formula,
+__device__ __forceinline__ Running add_tile(const Tile<T>& tile, Formula formula,
                                             Largest* largest) {
   constexpr int N = vector_size<T>, step = Threads * N;
   Running running = {negative_infinity(), 0.0f, 0.0f};
-  RowVectors at = {static_cast<int>(threadIdx.x) * N, step, cols, 0};
-  for (int later = groups - 1; later >= 0; --later) {
+  RowVectors at = {static_cast<int>(threadIdx.x) * N, step, tile.cols, 0};
+  for (int later = tile.groups - 1; later >= 0; --later) {
     wait_for_copies(later);
+    if (tile.shared) __syncthreads();
     Packed<T> packed[in_flight];
-#pragma unroll
-    for (int v = 0; v < in_flight; ++v) packed[v] = read_or_outside(tile, at.col + v * step, cols);
+    read_vectors(tile, at, packed);
     if (largest != nullptr) note_largest(packed, at.col, *largest);
     add_vectors(packed, at, formula, running);
     at.col += in_flight * step;
@@ -145,9 +206,11 @@ __device__ __forceinline__ Running add_tile(const T* tile, int cols, int groups,
 }
 
 template <typename T, int Threads>
-__device__ __forceinline__ void write_zeros(T* grad, int cols, bool aligned) {
-  for (int col = threadIdx.x * vector_size<T>; col < cols; col += Threads * vector_size<T>) {
-    store(grad, col, cols, aligned, Packed<T>{});
+__device__ __forceinline__ void write_zeros(T* grad, int cols) {
+  constexpr int N = vector_size<T>;
+  const int before = misalignment(grad) / static_cast<int>(sizeof(T));
+  for (int col = static_cast<int>(threadIdx.x) * N - before; col < cols; col += Threads * N) {
+    store_inside(grad, col, cols, Packed<T>{});
   }
 }
 
@@ -167,7 +230,7 @@ __global__ void __launch_bounds__(Threads, 1024 / Threads)
   const int64_t target = args.targets[row_index];
   const bool ignored = target == args.ignore_index;  // for all blocks of the row alike
   if (ignored && !Predict) {
-    write_zeros<T, Threads>(grad, cols, args.aligned);
+    write_zeros<T, Threads>(grad, cols);
     if (rank == 0 && thread < args.width) statistics[thread] = thread == 1 ? 1.0f : 0.0f;
     return;
   }
@@ -175,14 +238,18 @@ __global__ void __launch_bounds__(Threads, 1024 / Threads)
     if (thread == 0) memory.came.init(1);
     cluster_arrive_relaxed();
   }
-  T* tile = reinterpret_cast<T*>(dynamic_shared);
   const T* row = static_cast<const T*>(args.data) + row_index * args.stride + begin;
-  const int groups = request<T, Threads>(tile, row, cols, args.aligned);
+  T* tile = tile_of(dynamic_shared, row, args.room);
+  const int shift = misalignment(row), head = head_of<T>(shift);
+  const int groups = request<T, Threads>(tile, row, cols, head);
+  const bool shared = shift != 0 || cols % N != 0;
+  if (shared) copy_edges(tile, row, cols, head);
   const float upstream = upstream_of(args, row_index, target);
   Largest largest = {negative_infinity(), 0};
-  Running running = add_tile<T, Threads>(tile, cols, groups, {args.softcap, args.width == 4},
-                                         Predict ? &largest : nullptr);
-  // The target's logit, by the thread that copied it: the row may be written over from here on.
+  Running running =
+      add_tile<T, Threads>({tile, cols, groups, shift, shared}, {args.softcap, args.width == 4},
+                           Predict ? &largest : nullptr);
+  // The target's logit, by the thread that added it up: the row may be written over from here on.
   const bool exists = is_class(target, args.vocabulary);
   const int hot_col = exists ? static_cast<int>(target - begin) : -1;
   if (hot_col >= 0 && hot_col < cols && hot_col / N % Threads == thread) {
@@ -202,14 +269,17 @@ __global__ void __launch_bounds__(Threads, 1024 / Threads)
     if (args.width == 4) statistics[3] = running.sum;
     if (Predict) args.predictions[row_index] = prediction_of(largest);
   }
-  if (Predict && ignored) return write_zeros<T, Threads>(grad, cols, args.aligned);
+  if (Predict && ignored) return write_zeros<T, Threads>(grad, cols);
   const RowGradient found =
       row_gradient(args, row_index, upstream, running.maximum, running.exponentials);
+  // No sum here, so that vectors lie at the gradient's multiples of 16 bytes; over the logits, and
+  // wherever both lie alike, they are the pieces that were copied.
+  const int before = misalignment(grad) / static_cast<int>(sizeof(T));
+  const int apart = (shift - misalignment(grad)) & 15;
 #pragma unroll 2
-  for (int col = thread * N; col < cols; col += step) {
-    const Packed<T> logits = *reinterpret_cast<const Packed<T>*>(tile + col);
-    store(grad, col, cols, args.aligned,
-          gradient_vector(logits, found, col, hot_col, args.softcap));
+  for (int col = thread * N - before; col < cols; col += step) {
+    const Packed<T> logits = read_shifted(tile + col, apart);
+    store_inside(grad, col, cols, gradient_vector(logits, found, col, hot_col, args.softcap));
   }
 }
 
@@ -217,10 +287,12 @@ template <typename T, int Threads, int Cluster, bool Predict>
 void launch_promised(PromisedArgs args, Stream stream) {
   constexpr int line = 128 / static_cast<int>(sizeof(T));
   args.part = static_cast<int>(ceil_div(ceil_div(args.cols, Cluster), line)) * line;
+  const int bytes = args.part * static_cast<int>(sizeof(T));
+  if (args.room == 0 && bytes + piece_room <= part_limit) args.room = piece_room;
   launch(promised_kernel<T, Threads, Cluster, Predict>,
          {.grid = dim3(args.rows * Cluster),
           .block = dim3(Threads),
-          .shared_bytes = args.part * static_cast<int>(sizeof(T)),
+          .shared_bytes = bytes + args.room,
           .cluster = Cluster,
           .stream = stream},
          args);
@@ -240,12 +312,12 @@ void choose_promised(const PromisedArgs& args, int cluster, Stream stream) {
 // For rows that fit the shared memory of `cluster` blocks.
 template <bool Predict>
 void launch_promises(const CrossEntropyPromise& args, int cluster, Stream stream) {
-  const bool aligned =
-      are_aligned("cross_entropy", {{"logits", &args.logits}, {"logits_grad", &args.logits_grad}});
+  const bool aligned = are_aligned(
+      "cross_entropy", {{"logits", &args.logits}, {"logits_grad", &args.logits_grad}}, realigned);
   note_choice("the gradient in the pass of the statistics: a row fits the shared memory of ",
               cluster, " blocks");
   const PromisedArgs device = {gradient_args(gradient_of(args)), args.statistics.as<float>(),
-                               args.predictions.as<int64_t>(), 0, aligned};
+                               args.predictions.as<int64_t>(), 0, aligned ? 0 : piece_room};
   visit_dtype<float, bfloat16, float16>("cross_entropy", args.logits.dtype, [&]<typename Host>() {
     choose_promised<device_type<Host>, Predict>(device, cluster, stream);
   });
