@@ -126,6 +126,31 @@ def test_bits_do_not_depend_on_strides_threads_or_neighbours(dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("keys", [2200, 9000])
+def test_heads_that_share_a_large_mask(keys, device):
+    """On CUDA blocks then go over the heads of a query: each row has the bits of its head alone, and
+    its sink's probability lies beside it, or the sink's gradient would be another."""
+    shape = (2, 3, 3 + (18 << 20) // (5 * keys), keys)
+    scores, mask, sink = inputs_of(shape, torch.bfloat16, device)
+
+    def gradients(scores, mask, sink, upstream=None):
+        return contract.gradients(
+            lambda scores, sink: ops.softmax(scores, mask, sink=sink), [scores, sink], upstream
+        )
+
+    (out,), grads, (upstream,) = gradients(scores, mask, sink)
+    sink_grad = torch.zeros(3, dtype=torch.float64)
+    for batch in range(2):
+        for head in range(3):
+            own = slice(head, head + 1)
+            alone = gradients(scores[batch, own], mask[batch], sink[own], [upstream[batch, own]])
+            assert torch.equal(alone[0][0], out[batch, own])
+            assert torch.equal(alone[1][0], grads[0][batch, own])
+            sink_grad[head] += alone[1][1].item()
+    assert_close(grads[1].cpu(), sink_grad, sums=64)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_a_mask_of_other_bits_than_one(dtype, device):
     """A bool that came from another type: what is not zero excludes its own key alone."""
