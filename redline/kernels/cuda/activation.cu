@@ -17,20 +17,10 @@ struct Common {
   Matrix x, bias;
 };
 
-template <typename T, bool Aligned>
-__device__ __forceinline__ void add_bias(const Common& args, const Place<Aligned>& at,
-                                         const Packed<T>& packed, float (&x)[vector_size<T>]) {
-  float bias[vector_size<T>] = {};
-  if (args.bias.data != nullptr) {
-    load_mixed<T>(args.bias.data, args.bias.is_float32, 0, at.col, at.end, Aligned, bias);
-  }
-#pragma unroll
-  for (int i = 0; i < vector_size<T>; ++i) x[i] = element(packed, i) + bias[i];
-}
-
 template <typename T, typename Function>
 struct Forward : Common {
   static constexpr int size = vector_size<T>, in_flight = 1;
+  static constexpr int element_blocks = sizeof(T) == 2 ? 16 : 0;
   using Input = Packed<T>;
   Matrix y;
 
@@ -41,7 +31,7 @@ struct Forward : Common {
   template <bool Aligned>
   __device__ __forceinline__ void run(const Place<Aligned>& at, const Input& in) const {
     float values[size];
-    add_bias<T>(*this, at, in, values);
+    add_mixed<T>(bias.mixed(0), at, in, values);
 #pragma unroll
     for (int i = 0; i < size; ++i) values[i] = Function::value(values[i]);
     store(y.row<T>(at.row), at, pack<T>(values));
@@ -51,6 +41,7 @@ struct Forward : Common {
 template <typename T, typename Function>
 struct Backward : Common {
   static constexpr int size = vector_size<T>, in_flight = 1;
+  static constexpr int element_blocks = sizeof(T) == 2 ? 16 : 0;
   static constexpr int sums = 1, blocks_per_sm = activation_column_blocks, pieces = 2, slots = 2;
   static constexpr bool fits_more = false, sums_rows = false;
   struct Input {
@@ -76,7 +67,7 @@ struct Backward : Common {
   __device__ __forceinline__ void gradient(const Place<Aligned>& at, const Input& in,
                                            float (&result)[size]) const {
     float values[size];
-    add_bias<T>(*this, at, in.x, values);
+    add_mixed<T>(bias.mixed(0), at, in.x, values);
 #pragma unroll
     for (int i = 0; i < size; ++i) {
       float derivative;

@@ -39,7 +39,7 @@ struct Forward {
   template <bool Aligned>
   __device__ __forceinline__ void run(const Place<Aligned>& at, const Input& in) const {
     float values[size];
-    dropout.add(in.x, MixedRow{bias.data, 0, bias.is_float32}, in.residual, at, values);
+    dropout.add(in.x, bias.mixed(0), in.residual, at, values);
     store(y.row<R>(at.row), at, pack<R>(values));
     if (rng_state != nullptr && at.row == 0 && at.col == 0) {
       dropout.store_state(rng_state);

@@ -55,12 +55,7 @@ struct Dropout {
   __device__ __forceinline__ void add(const Packed<T, N>& x, const MixedRow& bias,
                                       const Packed<R, N>& residual, const Place<Aligned>& at,
                                       float (&sum)[N]) const {
-    float added[N] = {};
-    if (bias.data != nullptr) {
-      load_mixed<T>(bias.data, bias.is_float32, bias.offset, at.col, at.end, Aligned, added);
-    }
-#pragma unroll
-    for (int i = 0; i < N; ++i) sum[i] = element(x, i) + added[i];
+    add_mixed<T>(bias, at, x, sum);
     apply(at, sum);
 #pragma unroll
     for (int i = 0; i < N; ++i) sum[i] += element(residual, i);

@@ -171,22 +171,6 @@ __device__ __forceinline__ void take_vectors(MixedRow row, Columns<Aligned> at,
   }
 }
 
-// One vector of it.
-template <typename T, int N = vector_size<T>>
-__device__ __forceinline__ void load_mixed(const void* data, bool is_float32, int64_t offset,
-                                           int col, int cols, bool aligned, float (&values)[N]) {
-  const auto load_as = [&]<typename S>(const S* row) {
-    const Packed<S, N> raw = load<S, N>(row + offset, col, cols, aligned);
-#pragma unroll
-    for (int i = 0; i < N; ++i) values[i] = element(raw, i);
-  };
-  if (sizeof(T) == 4 || is_float32) {
-    load_as(static_cast<const float*>(data));
-  } else {
-    load_as(static_cast<const T*>(data));
-  }
-}
-
 // Into a tensor that holds T or float32; `values` are left as they read back.
 template <typename T, int N = vector_size<T>>
 __device__ __forceinline__ void store_mixed(void* data, bool is_float32, int64_t offset, int col,
@@ -231,6 +215,36 @@ __device__ __forceinline__ void store(T* row, const Place<Aligned>& at,
     *reinterpret_cast<Packed<T, N>*>(row + at.col) = packed;
   } else {
     store(row, at.col, at.end, false, packed);
+  }
+}
+
+// One vector of a mixed row.
+template <typename T, bool Aligned, int N = vector_size<T>>
+__device__ __forceinline__ void load_mixed(const MixedRow& row, const Place<Aligned>& at,
+                                           float (&values)[N]) {
+  const auto load_as = [&]<typename S>(const S* data) {
+    const Packed<S, N> raw = load<S, Aligned, N>(data + row.offset, at);
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = element(raw, i);
+  };
+  if (sizeof(T) == 4 || row.is_float32) {
+    load_as(static_cast<const float*>(row.data));
+  } else {
+    load_as(static_cast<const T*>(row.data));
+  }
+}
+
+// values = packed + that of the row, where there is one.
+template <typename T, bool Aligned, int N = vector_size<T>>
+__device__ __forceinline__ void add_mixed(const MixedRow& row, const Place<Aligned>& at,
+                                          const Packed<T, N>& packed, float (&values)[N]) {
+  if (row.data != nullptr) {
+    load_mixed<T>(row, at, values);
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = element(packed, i) + values[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = element(packed, i);
   }
 }
 

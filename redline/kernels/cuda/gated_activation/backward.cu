@@ -14,6 +14,7 @@ template <typename T, typename Kind>
 struct Backward : Common {
   static constexpr int size = vector_size<T>, in_flight = 1;
   static constexpr int sums = 2, blocks_per_sm = column_blocks, pieces = 3, slots = 2;
+  static constexpr int element_blocks = sizeof(T) == 2 ? 12 : 0;
   static constexpr bool fits_more = false, sums_rows = true;
   struct Input {
     Packed<T> gate, linear, y_grad;
@@ -48,8 +49,7 @@ struct Backward : Common {
     Gradients out = {};
     if (!counts(at.row)) return out;
     float a[size], b[size], result[size];
-    add_bias<T>(at, 0, in.gate, a);
-    add_bias<T>(at, extent.cols, in.linear, b);
+    add_bias<T>(at, in.gate, in.linear, a, b);
     const float factor = scale<T>(at.row);
 #pragma unroll
     for (int i = 0; i < size; ++i) {

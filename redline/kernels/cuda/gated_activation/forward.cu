@@ -23,8 +23,7 @@ struct Forward : Common {
   __device__ __forceinline__ void run(const Place<Aligned>& at, const Input& in) const {
     float a[size], b[size], result[size] = {};
     if (counts(at.row)) {
-      add_bias<T>(at, 0, in.gate, a);
-      add_bias<T>(at, extent.cols, in.linear, b);
+      add_bias<T>(at, in.gate, in.linear, a, b);
       const float factor = scale<T>(at.row);
 #pragma unroll
       for (int i = 0; i < size; ++i) {
