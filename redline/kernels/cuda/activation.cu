@@ -41,33 +41,25 @@ struct Forward : Common {
 template <typename T, typename Function>
 struct Backward : Common {
   static constexpr int size = vector_size<T>, in_flight = 1;
-  static constexpr int element_blocks = sizeof(T) == 2 ? 16 : 0;
   static constexpr int sums = 1, blocks_per_sm = activation_column_blocks, pieces = 2, slots = 2;
+  static constexpr int element_blocks = sizeof(T) == 2 ? 16 : 0;
   static constexpr bool fits_more = false, sums_rows = false;
   struct Input {
     Packed<T> x, y_grad;
   };
+  struct Shared {
+    float bias[size];
+  };
   Matrix y_grad, x_grad, y;
+  bool wants_y;
 
   template <bool Aligned>
   __device__ __forceinline__ Input load(const Place<Aligned>& at) const {
     return {cuda::load(x.row<const T>(at.row), at), cuda::load(y_grad.row<const T>(at.row), at)};
   }
-  template <typename Ring, bool Aligned>
-  __device__ __forceinline__ void request(const Ring& ring, int slot,
-                                          const Place<Aligned>& at) const {
-    ring.template request<T>(slot, 0, x.row<const T>(at.row), at);
-    ring.template request<T>(slot, 1, y_grad.row<const T>(at.row), at);
-  }
-  template <typename Ring>
-  __device__ __forceinline__ Input receive(const Ring& ring, int slot) const {
-    return {ring.template read<T, size>(slot, 0), ring.template read<T, size>(slot, 1)};
-  }
   template <bool Aligned>
   __device__ __forceinline__ void gradient(const Place<Aligned>& at, const Input& in,
-                                           float (&result)[size]) const {
-    float values[size];
-    add_mixed<T>(bias.mixed(0), at, in.x, values);
+                                           float (&values)[size], float (&result)[size]) const {
 #pragma unroll
     for (int i = 0; i < size; ++i) {
       float derivative;
@@ -75,18 +67,50 @@ struct Backward : Common {
       result[i] = element(in.y_grad, i) * derivative;
     }
     store(x_grad.row<T>(at.row), at, pack<T>(result));
-    if (y.data != nullptr) store(y.row<T>(at.row), at, pack<T>(values));
+    if (wants_y) store(y.row<T>(at.row), at, pack<T>(values));
   }
   template <bool Aligned>
   __device__ __forceinline__ void run(const Place<Aligned>& at, const Input& in) const {
-    float result[size];
-    gradient(at, in, result);
+    float values[size], result[size];
+    add_mixed<T>(bias.mixed(0), at, in.x, values);
+    gradient(at, in, values, result);
+  }
+
+  __device__ __forceinline__ Backward walk(int64_t row, int col, int step) const {
+    Backward op = *this;
+    op.x = x.walk<T>(row, col, step);
+    op.y_grad = y_grad.walk<T>(row, col, step);
+    op.x_grad = x_grad.walk<T>(row, col, step);
+    op.y = y.walk<T>(row, col, step);
+    return op;
   }
   template <bool Aligned>
-  __device__ __forceinline__ float run(const Place<Aligned>& at, const Input& in,
-                                       float (&totals)[sums][size]) const {
-    float result[size];
-    gradient(at, in, result);
+  __device__ __forceinline__ Shared shared(const Place<Aligned>& at) const {
+    Shared result = {};
+    if (bias.data != nullptr) load_mixed<T>(bias.mixed(0), at, result.bias);
+    return result;
+  }
+  __device__ __forceinline__ float of_row(int64_t) const { return 0.0f; }
+  template <typename Ring, bool Aligned>
+  __device__ __forceinline__ void request(const Ring& ring, int slot, const Place<Aligned>& at) {
+    ring.template request<T>(slot, 0, x.row<const T>(0), at);
+    ring.template request<T>(slot, 1, y_grad.row<const T>(0), at);
+    x.next<T>();
+    y_grad.next<T>();
+  }
+  template <typename Ring>
+  __device__ __forceinline__ Input receive(const Ring& ring, int slot) const {
+    return {ring.template read<T, size>(slot, 0), ring.template read<T, size>(slot, 1)};
+  }
+  template <typename Row, bool Aligned>
+  __device__ __forceinline__ float run(const Place<Aligned>& at, const Input& in, const Row& row,
+                                       float (&totals)[sums][size]) {
+    float values[size], result[size];
+#pragma unroll
+    for (int i = 0; i < size; ++i) values[i] = element(in.x, i) + row.shared.bias[i];
+    gradient(at, in, values, result);
+    x_grad.next<T>();
+    y.next<T>();
 #pragma unroll
     for (int i = 0; i < size; ++i) totals[0][i] += result[i];
     return 0.0f;
@@ -143,7 +167,7 @@ void run(const ActivationBackward& args, Stream stream) {
     const Common common = {extent("activation", args.x, vector_size<T>, flat), matrix(args.x, flat),
                            matrix(args.bias, false)};
     const Backward<T, Function> op{common, matrix(args.y_grad, flat), matrix(args.x_grad, flat),
-                                   matrix(args.y, flat)};
+                                   matrix(args.y, flat), static_cast<bool>(args.y)};
     if (args.bias_grad.total) {
       launch_columns(op, args.bias_grad, aligned, stream);
     } else {

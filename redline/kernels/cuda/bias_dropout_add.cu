@@ -61,6 +61,7 @@ struct Backward {
   static constexpr int pieces = sizeof(Packed<R, size>) / 16;
   static constexpr bool fits_more = true, sums_rows = false;
   using Input = Packed<R, size>;
+  struct Shared {};
   Extent extent;
   Dropout dropout;
   Matrix y_grad, x_grad;
@@ -71,37 +72,50 @@ struct Backward {
     return result;
   }
 
+  static __device__ __forceinline__ void widen(const Input& in, float (&values)[size]) {
+#pragma unroll
+    for (int i = 0; i < size; ++i) values[i] = element(in, i);
+  }
   template <bool Aligned>
   __device__ __forceinline__ Input load(const Place<Aligned>& at) const {
     return cuda::load<R, Aligned, size>(y_grad.row<const R>(at.row), at);
   }
+  template <bool Aligned>
+  __device__ __forceinline__ void run(const Place<Aligned>& at, const Input& in) const {
+    float result[size];
+    widen(in, result);
+    dropout.apply<Aligned>(at.row, at.col, result);
+    store(x_grad.row<T>(at.row), at, pack<T>(result));
+  }
+
+  __device__ __forceinline__ Backward walk(int64_t row, int col, int step) const {
+    Backward op = *this;
+    op.y_grad = y_grad.walk<R>(row, col, step);
+    op.x_grad = x_grad.walk<T>(row, col, step);
+    return op;
+  }
+  template <bool Aligned>
+  __device__ __forceinline__ Shared shared(const Place<Aligned>&) const {
+    return {};
+  }
+  __device__ __forceinline__ float of_row(int64_t) const { return 0.0f; }
   template <typename Ring, bool Aligned>
-  __device__ __forceinline__ void request(const Ring& ring, int slot,
-                                          const Place<Aligned>& at) const {
-    ring.template request<R, size>(slot, 0, y_grad.row<const R>(at.row), at);
+  __device__ __forceinline__ void request(const Ring& ring, int slot, const Place<Aligned>& at) {
+    ring.template request<R, size>(slot, 0, y_grad.row<const R>(0), at);
+    y_grad.next<R>();
   }
   template <typename Ring>
   __device__ __forceinline__ Input receive(const Ring& ring, int slot) const {
     return ring.template read<R, size>(slot, 0);
   }
-  template <bool Aligned>
-  __device__ __forceinline__ void gradient(const Place<Aligned>& at, const Input& in,
-                                           float (&result)[size]) const {
-#pragma unroll
-    for (int i = 0; i < size; ++i) result[i] = element(in, i);
-    dropout.apply(at, result);
-    store(x_grad.row<T>(at.row), at, pack<T>(result));
-  }
-  template <bool Aligned>
-  __device__ __forceinline__ void run(const Place<Aligned>& at, const Input& in) const {
+  template <typename Row, bool Aligned>
+  __device__ __forceinline__ float run(const Place<Aligned>& at, const Input& in, const Row& row,
+                                       float (&totals)[sums][size]) {
     float result[size];
-    gradient(at, in, result);
-  }
-  template <bool Aligned>
-  __device__ __forceinline__ float run(const Place<Aligned>& at, const Input& in,
-                                       float (&totals)[sums][size]) const {
-    float result[size];
-    gradient(at, in, result);
+    widen(in, result);
+    dropout.apply<Aligned>(row.row, row.col, result);
+    store(x_grad.row<T>(0), at, pack<T>(result));
+    x_grad.next<T>();
 #pragma unroll
     for (int i = 0; i < size; ++i) totals[0][i] += result[i];
     return 0.0f;

@@ -7,11 +7,17 @@
 //   bool fits_more                            more blocks than that would fit
 //   int slots                                 rows of a warp on their way or in use, as they ran
 //                                             fastest: about 70 KiB a multiprocessor
-//   void request(ring, slot, Place<A>)        starts their copies
+//   Op walk(row, col, step)                   itself, its matrices as Matrix::walk() has them
+//   Shared shared(Place<A>)                   what the elements of a column have in common
+//   float of_row(row)                         what those of a row have, read a row ahead
+//   void request(ring, slot, Place<A>)        starts the copies of a row, and goes to the next
 //   Input receive(ring, slot)                 what came
-//   float run(Place<A>, Input, float [sums][N])  computes, stores, and adds what it sums over rows;
-//                                             returns its part of a sum over the row
-// Op::sums_rows: store_part(row, sum) takes the sum of those parts over the block's columns.
+//   float run(Place<A>, Input, ColumnRow, float [sums][N])  computes, stores, adds what it sums
+//                                             over rows, and goes to the next row; returns its
+//                                             part of a sum over the row
+// The places of request and run are the walk's: row 0 from column 0 on.
+// Op::sums_rows: store_part(row, sum) takes the sum of those parts over the block's columns, where
+// wants_parts().
 #pragma once
 
 #include "redline/kernels/cuda/device/reduce.cuh"
@@ -26,29 +32,37 @@ constexpr int column_warps = 8, column_threads = 32 * column_warps;
 
 using ColumnRing = RowRing<column_threads>;
 
+// The warps' sums, in their order, into the chunk's row of `partial`.
 template <typename Op>
-__device__ __forceinline__ void store_column_sums(const Op& op, float* partial,
-                                                  float (&sums)[Op::sums][Op::size], int col) {
-  constexpr int N = Op::size;
-  __shared__ float scratch[column_warps][N][32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, cols = op.extent.cols;
+__device__ __forceinline__ void store_column_sums(float* partial,
+                                                  const float (&sums)[Op::sums][Op::size],
+                                                  int cols) {
+  constexpr int N = Op::size, width = 32 * N;
+  __shared__ __align__(16) float scratch[column_warps][width];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int s = 0; s < Op::sums; ++s) {
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < N; ++i) scratch[warp][i][lane] = sums[s][i];
+    for (int i = 0; i < N; ++i) scratch[warp][lane * N + i] = sums[s][i];
     __syncthreads();
-    if (warp != 0) continue;
+    const int col = static_cast<int>(blockIdx.x * width + threadIdx.x);
+    if (threadIdx.x >= width || col >= cols) continue;
+    float total = 0.0f;
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      float total = 0.0f;
-#pragma unroll
-      for (int w = 0; w < column_warps; ++w) total += scratch[w][i][lane];
-      const int64_t offset = (int64_t{blockIdx.y} * Op::sums + s) * cols + col + i;
-      if (col + i < cols) partial[offset] = total;
-    }
+    for (int w = 0; w < column_warps; ++w) total += scratch[w][threadIdx.x];
+    partial[(int64_t{blockIdx.y} * Op::sums + s) * cols + col] = total;
   }
 }
+
+// What a row's elements are computed with: the row and column of the place, of the whole matrix.
+template <typename Op>
+struct ColumnRow {
+  int64_t row;
+  int col;
+  float of_row;
+  const typename Op::Shared& shared;
+};
 
 template <typename Op, bool Aligned>
 __global__ void __launch_bounds__(column_threads, Op::blocks_per_sm)
@@ -56,34 +70,45 @@ __global__ void __launch_bounds__(column_threads, Op::blocks_per_sm)
   extern __shared__ __align__(128) int4 ring_memory[];
   constexpr int slots = Op::slots;
   allow_next_launch();
-  const Op op = local(given);
   const ColumnRing ring(reinterpret_cast<char*>(ring_memory), Op::pieces, slots);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, cols = given.extent.cols;
   const int col = static_cast<int>(blockIdx.x * 32 + lane) * Op::size;
-  const int64_t begin = blockIdx.y * rows_per_chunk + warp;
-  const int64_t end = min(op.extent.rows, (blockIdx.y + 1) * rows_per_chunk);
-  const bool any = col < op.extent.cols;
-  const auto place = [&](int64_t row) { return Place<Aligned>{row, col, op.extent.cols}; };
-  const auto request = [&](int slot, int64_t row) {
-    if (any && row < end) op.request(ring, slot, place(row));
+  const int64_t end = min(given.extent.rows, (blockIdx.y + 1) * rows_per_chunk);
+  int64_t row = blockIdx.y * rows_per_chunk + warp;
+  const bool any = col < cols;
+  Op op = local(given).walk(row, col, column_warps);
+  const Place<Aligned> place = {0, 0, cols - col};
+  const auto request = [&](int slot, int64_t wanted) {
+    if (any && wanted < end) op.request(ring, slot, place);
     ring.commit();
   };
   float sums[Op::sums][Op::size] = {};
   int slot = 0;
 #pragma unroll
-  for (int s = 0; s < slots; ++s, slot = ring.after(slot)) request(slot, begin + s * column_warps);
-  for (int64_t row = begin; row < end; row += column_warps) {
-    ring.receive();
+  for (int s = 0; s < slots; ++s, slot = ring.after(slot)) request(slot, row + s * column_warps);
+  typename Op::Shared shared = {};
+  if (any) shared = given.shared(Place<Aligned>{0, col, cols});
+  float of_row = row < end ? op.of_row(row) : 0.0f;
+  for (; row < end; row += column_warps) {
+    const int64_t next = row + column_warps;
+    const float of_next = next < end ? op.of_row(next) : 0.0f;
+    wait_for_copies(slots - 1);  // all rows that were asked for after this one may be on their way
     float part = 0.0f;
-    if (any) part = op.run(place(row), op.receive(ring, slot), sums);
-    if constexpr (Op::sums_rows) {
-      part = warp_sum(part);
-      if (lane == 0) op.store_part(row, part);
+    if (any) {
+      const typename Op::Input in = op.receive(ring, slot);
+      request(slot, row + slots * column_warps);
+      part = op.run(place, in, ColumnRow<Op>{row, col, of_row, shared}, sums);
     }
-    request(slot, row + slots * column_warps);
+    if constexpr (Op::sums_rows) {
+      if (op.wants_parts()) {
+        part = warp_sum(part);
+        if (lane == 0) op.store_part(row, part);
+      }
+    }
     slot = ring.after(slot);
+    of_row = of_next;
   }
-  store_column_sums(op, partial, sums, col);
+  store_column_sums<Op>(partial, sums, cols);
 }
 
 // So much that no more blocks than the chunks were made for share a multiprocessor: where five of

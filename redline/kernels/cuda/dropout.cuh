@@ -39,10 +39,10 @@ struct Dropout {
   // Exactly zero where the element is dropped, whatever it holds. The product is rounded by itself,
   // not with what a kernel adds to it: the same bits in all of them.
   template <bool Aligned, int N>
-  __device__ __forceinline__ void apply(const Place<Aligned>& at, float (&values)[N]) const {
+  __device__ __forceinline__ void apply(int64_t row, int col, float (&values)[N]) const {
     if (!random) return;
     uint32_t numbers[N / 2];
-    draw<Aligned, N>(key(), static_cast<uint64_t>(at.row * cols + at.col), numbers);
+    draw<Aligned, N>(key(), static_cast<uint64_t>(row * cols + col), numbers);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const uint32_t number = i % 2 ? numbers[i / 2] >> 16 : numbers[i / 2] & 0xffffu;
@@ -56,7 +56,7 @@ struct Dropout {
                                       const Packed<R, N>& residual, const Place<Aligned>& at,
                                       float (&sum)[N]) const {
     add_mixed<T>(bias, at, x, sum);
-    apply(at, sum);
+    apply<Aligned>(at.row, at.col, sum);
 #pragma unroll
     for (int i = 0; i < N; ++i) sum[i] += element(residual, i);
   }

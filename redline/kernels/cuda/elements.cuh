@@ -27,6 +27,16 @@ struct Matrix {
   __device__ __forceinline__ MixedRow mixed(int64_t offset) const {
     return {data, offset, is_float32};
   }
+  // A matrix whose row 0 is this one's row `first` from column `col` on, and so with every
+  // `step`th row after it; next() goes to the next.
+  template <typename T>
+  __device__ __forceinline__ Matrix walk(int64_t first, int col, int step) const {
+    return {row<T>(first) + col, stride * step, is_float32};
+  }
+  template <typename T>
+  __device__ __forceinline__ void next() {
+    data = static_cast<T*>(data) + stride;
+  }
 };
 
 // `cols` elements per row but in the last one of a matrix that stands for one long row.

@@ -9,10 +9,12 @@ namespace redline::cuda {
 
 // Past the first-level cache, the 128 bytes around it into the second. Both addresses are multiples
 // of 16 bytes.
-__device__ __forceinline__ void copy_async(void* to, const void* from) {
-  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(at), "l"(from)
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from)
                : "memory");
+}
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+  copy_async(static_cast<uint32_t>(__cvta_generic_to_shared(to)), from);
 }
 
 // Until all but the last `later` groups that this thread committed are there; four at most may be

@@ -22,7 +22,12 @@ class RowRing {
   // copies: from 16 bytes off it each sector of 32 was fetched twice (H100: 0.92 to 0.82 of a
   // copy).
   __device__ __forceinline__ RowRing(char* shared, int pieces, int slots)
-      : own_(shared + threadIdx.x * 16), slot_bytes_(slot_bytes(pieces)), slots_(slots) {}
+      : slot_bytes_(slot_bytes(pieces)), slots_(slots) {
+    // By hand, so that the address stays in a register: the compiler finds it anew for every row.
+    asm volatile("{ .reg .u64 at; cvta.to.shared.u64 at, %1; cvt.u32.u64 %0, at; }"
+                 : "=r"(own_)
+                 : "l"(shared + threadIdx.x * 16));
+  }
 
   __device__ __forceinline__ int after(int slot) const {
     const int next = slot + slot_bytes_;
@@ -44,7 +49,10 @@ class RowRing {
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {
         const Packed<S> packed = load<S, size>(from, i * size, elements, false);
-        *piece(slot, k + i) = *reinterpret_cast<const int4*>(&packed);
+        const int4 whole = *reinterpret_cast<const int4*>(&packed);
+        asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(piece(slot, k + i)),
+                     "r"(whole.x), "r"(whole.y), "r"(whole.z), "r"(whole.w)
+                     : "memory");
       }
     }
   }
@@ -72,17 +80,21 @@ class RowRing {
     Packed<S, N> packed;
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(packed)) / 16; ++i) {
-      reinterpret_cast<int4*>(&packed)[i] = *piece(slot, k + i);
+      int4& whole = reinterpret_cast<int4*>(&packed)[i];
+      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(whole.x), "=r"(whole.y), "=r"(whole.z), "=r"(whole.w)
+                   : "r"(piece(slot, k + i))
+                   : "memory");
     }
     return packed;
   }
 
  private:
-  __device__ __forceinline__ int4* piece(int slot, int k) const {
-    return reinterpret_cast<int4*>(own_ + slot + k * (Threads * 16));
+  __device__ __forceinline__ uint32_t piece(int slot, int k) const {
+    return own_ + slot + k * (Threads * 16);
   }
 
-  char* own_;
+  uint32_t own_;  // this thread's, in shared memory
   int slot_bytes_, slots_;
 };
 

@@ -24,7 +24,11 @@ struct Backward : Common {
     float row_scale;  // this vector's part
     Packed<T> y;
   };
+  struct Shared {
+    float gate_bias[size], linear_bias[size];
+  };
   Matrix y_grad, gate_grad, linear_grad, row_scale_grad, y;
+  bool wants_y;
   float* parts;  // [blocks of 32 vectors, rows], or null
 
   template <bool Aligned>
@@ -32,54 +36,96 @@ struct Backward : Common {
     return {cuda::load(gate.row<const T>(at.row), at), cuda::load(linear.row<const T>(at.row), at),
             cuda::load(y_grad.row<const T>(at.row), at)};
   }
-  template <typename Ring, bool Aligned>
-  __device__ __forceinline__ void request(const Ring& ring, int slot,
-                                          const Place<Aligned>& at) const {
-    ring.template request<T>(slot, 0, gate.row<const T>(at.row), at);
-    ring.template request<T>(slot, 1, linear.row<const T>(at.row), at);
-    ring.template request<T>(slot, 2, y_grad.row<const T>(at.row), at);
-  }
-  template <typename Ring>
-  __device__ __forceinline__ Input receive(const Ring& ring, int slot) const {
-    return {ring.template read<T, size>(slot, 0), ring.template read<T, size>(slot, 1),
-            ring.template read<T, size>(slot, 2)};
-  }
-  template <bool Aligned>
-  __device__ __forceinline__ Gradients compute(const Place<Aligned>& at, const Input& in) const {
+  // Of inputs with their bias; the third is y_grad's. `WantsScale`: row_scale's part too.
+  template <bool WantsScale>
+  __device__ __forceinline__ Gradients compute(const float (&a)[size], const float (&b)[size],
+                                               const Packed<T>& y_grads, float factor) const {
     Gradients out = {};
-    if (!counts(at.row)) return out;
-    float a[size], b[size], result[size];
-    add_bias<T>(at, in.gate, in.linear, a, b);
-    const float factor = scale<T>(at.row);
+    float result[size];
 #pragma unroll
     for (int i = 0; i < size; ++i) {
-      const float g = element(in.y_grad, i), second = Kind::linear(b[i], parameters);
+      const float g = element(y_grads, i), second = Kind::linear(b[i], parameters);
       float value, derivative;
       Kind::derive(a[i], parameters, value, derivative);
       out.gate[i] = g * factor * second * derivative;
       out.linear[i] = Kind::linear_gradient(b[i], g * factor * value, parameters);
-      out.row_scale += g * value * second;
+      if (WantsScale) out.row_scale += g * value * second;
       result[i] = value * second * factor;
     }
     out.y = pack<T>(result);
     return out;
+  }
+  // Without a walk; zeros of rows that hold nothing.
+  template <bool WantsScale, bool Aligned>
+  __device__ __forceinline__ Gradients compute(const Place<Aligned>& at, const Input& in) const {
+    if (!counts(at.row)) return {};
+    float a[size], b[size];
+    add_bias<T>(at, in.gate, in.linear, a, b);
+    return compute<WantsScale>(a, b, in.y_grad, scale<T>(at.row));
   }
   template <bool Aligned>
   __device__ __forceinline__ void store_gradients(const Place<Aligned>& at,
                                                   const Gradients& out) const {
     store(gate_grad.row<T>(at.row), at, pack<T>(out.gate));
     store(linear_grad.row<T>(at.row), at, pack<T>(out.linear));
-    if (y.data != nullptr) store(y.row<T>(at.row), at, out.y);
+    if (wants_y) store(y.row<T>(at.row), at, out.y);
   }
   template <bool Aligned>
   __device__ __forceinline__ void run(const Place<Aligned>& at, const Input& in) const {
-    store_gradients(at, compute(at, in));
+    store_gradients(at, compute<false>(at, in));
+  }
+
+  __device__ __forceinline__ Backward walk(int64_t row, int col, int step) const {
+    Backward op = *this;
+    op.gate = gate.walk<T>(row, col, step);
+    op.linear = linear.walk<T>(row, col, step);
+    op.y_grad = y_grad.walk<T>(row, col, step);
+    op.gate_grad = gate_grad.walk<T>(row, col, step);
+    op.linear_grad = linear_grad.walk<T>(row, col, step);
+    op.y = y.walk<T>(row, col, step);
+    return op;
   }
   template <bool Aligned>
-  __device__ __forceinline__ float run(const Place<Aligned>& at, const Input& in,
-                                       float (&totals)[sums][size]) const {
-    const Gradients out = compute(at, in);
+  __device__ __forceinline__ Shared shared(const Place<Aligned>& at) const {
+    Shared result = {};
+    if (bias.data != nullptr) {
+      load_mixed<T>(bias.mixed(0), at, result.gate_bias);
+      load_mixed<T>(bias.mixed(extent.cols), at, result.linear_bias);
+    }
+    return result;
+  }
+  __device__ __forceinline__ float of_row(int64_t row) const { return scale<T>(row); }
+  template <typename Ring, bool Aligned>
+  __device__ __forceinline__ void request(const Ring& ring, int slot, const Place<Aligned>& at) {
+    ring.template request<T>(slot, 0, gate.row<const T>(0), at);
+    ring.template request<T>(slot, 1, linear.row<const T>(0), at);
+    ring.template request<T>(slot, 2, y_grad.row<const T>(0), at);
+    gate.next<T>();
+    linear.next<T>();
+    y_grad.next<T>();
+  }
+  template <typename Ring>
+  __device__ __forceinline__ Input receive(const Ring& ring, int slot) const {
+    return {ring.template read<T, size>(slot, 0), ring.template read<T, size>(slot, 1),
+            ring.template read<T, size>(slot, 2)};
+  }
+  template <typename Row, bool Aligned>
+  __device__ __forceinline__ float run(const Place<Aligned>& at, const Input& in, const Row& row,
+                                       float (&totals)[sums][size]) {
+    Gradients out = {};
+    if (counts(row.row)) {
+      float a[size], b[size];
+#pragma unroll
+      for (int i = 0; i < size; ++i) {
+        a[i] = element(in.gate, i) + row.shared.gate_bias[i];
+        b[i] = element(in.linear, i) + row.shared.linear_bias[i];
+      }
+      out = compute<true>(a, b, in.y_grad, row.of_row);
+    }
     store_gradients(at, out);
+    gate_grad.next<T>();
+    linear_grad.next<T>();
+    y.next<T>();
 #pragma unroll
     for (int i = 0; i < size; ++i) {
       totals[0][i] += out.gate[i];
@@ -87,8 +133,9 @@ struct Backward : Common {
     }
     return out.row_scale;
   }
+  __device__ __forceinline__ bool wants_parts() const { return parts != nullptr; }
   __device__ __forceinline__ void store_part(int64_t row, float sum) const {
-    if (parts != nullptr) parts[blockIdx.x * extent.rows + row] = sum;
+    parts[blockIdx.x * extent.rows + row] = sum;
   }
   __device__ __forceinline__ void store_row_scale_grad(int64_t row, float value) const {
     if (row_scale_grad.is_float32) {
@@ -115,7 +162,7 @@ __global__ void __launch_bounds__(row_block) row_kernel(const Op op) {
   if (col < cols) current = op.load(Place<Aligned>{row, col, cols});
   for (; col < cols; col += step) {
     if (col + step < cols) next = op.load(Place<Aligned>{row, col + step, cols});
-    const auto out = op.compute(Place<Aligned>{row, col, cols}, current);
+    const auto out = op.template compute<true>(Place<Aligned>{row, col, cols}, current);
     op.store_gradients(Place<Aligned>{row, col, cols}, out);
     total[0] += out.row_scale;
     current = next;
@@ -184,7 +231,7 @@ void run(const GatedActivationBackward& args, Stream stream) {
     const Backward<T, Kind> op{common(args, vector_size<T>),       matrix(args.y_grad, false),
                                matrix(args.gate_grad, false),      matrix(args.linear_grad, false),
                                matrix(args.row_scale_grad, false), matrix(args.y, false),
-                               args.row_parts.as<float>()};
+                               static_cast<bool>(args.y),          args.row_parts.as<float>()};
     REDLINE_CHECK(!args.bias_grad.total || !args.row_scale_grad || args.row_parts,
                   "gated_activation: row_parts: expected a workspace beside both gradients");
     if (args.bias_grad.total) {

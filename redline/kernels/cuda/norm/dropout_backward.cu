@@ -23,7 +23,7 @@ struct InputGradient {
     float values[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) values[i] = element(rounded, i);
-    dropout.apply(Place<Form::aligned>{row, at.col, at.cols}, values);
+    dropout.apply<Form::aligned>(row, at.col, values);
     store_mixed<typename Form::T>(input_grad.data, input_grad.is_float32, row * input_grad.stride,
                                   at.col, at.cols, Form::aligned, values);
   }
