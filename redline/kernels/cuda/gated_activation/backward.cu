@@ -146,9 +146,29 @@ struct Backward : Common {
   }
 };
 
-constexpr int row_block = 256;
+constexpr int row_block = 256, most_row_threads = 512;
 
-// Threads share a row.
+// A block has a row, and each thread one vector of it. 40 registers: 1536 threads a multiprocessor.
+template <typename Op, bool Aligned>
+__global__ void __launch_bounds__(most_row_threads, 3) whole_row_kernel(const Op op) {
+  __shared__ float scratch[most_row_threads / 32];
+  const int64_t row = blockIdx.x;
+  const Place<Aligned> at = {row, static_cast<int>(threadIdx.x) * Op::size, op.extent.cols};
+  float total = 0.0f;
+  if (at.col < at.end) {
+    const auto out = op.template compute<true>(at, op.load(at));
+    op.store_gradients(at, out);
+    total = out.row_scale;
+  }
+  total = warp_sum(total);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = total;
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  total = warp_sum<most_row_threads / 32>(threadIdx.x * 32 < blockDim.x ? scratch[threadIdx.x] : 0);
+  if (threadIdx.x == 0) op.store_row_scale_grad(row, total);
+}
+
+// Threads share a row, and each takes more than one vector of it.
 template <typename Op, int Threads, bool Aligned>
 __global__ void __launch_bounds__(row_block) row_kernel(const Op op) {
   __shared__ float scratch[32];
@@ -183,8 +203,15 @@ void launch_rows(const Op& op, bool aligned, Stream stream) {
              op);
     });
   };
-  if (op.extent.vectors <= 128) {
+  const int64_t threads = ceil_div(op.extent.vectors, 32) * 32;
+  if (threads == 32) {
     launch_shared.template operator()<32>();
+  } else if (threads <= most_row_threads) {
+    note_choice("row_scale's gradient: a row is summed by a block of ", threads, " threads");
+    visit_bool(aligned, [&]<bool Aligned>() {
+      launch(whole_row_kernel<Op, Aligned>,
+             {.grid = dim3(op.extent.rows), .block = dim3(threads), .stream = stream}, op);
+    });
   } else {
     launch_shared.template operator()<row_block>();
   }
