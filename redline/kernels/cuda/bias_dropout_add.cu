@@ -61,7 +61,9 @@ struct Backward {
   static constexpr int pieces = sizeof(Packed<R, size>) / 16;
   static constexpr bool fits_more = true, sums_rows = false;
   using Input = Packed<R, size>;
-  struct Shared {};
+  struct Shared {
+    PhiloxRounds rounds{PhiloxKey{}};
+  };
   Extent extent;
   Dropout dropout;
   Matrix y_grad, x_grad;
@@ -96,7 +98,9 @@ struct Backward {
   }
   template <bool Aligned>
   __device__ __forceinline__ Shared shared(const Place<Aligned>&) const {
-    return {};
+    Shared result = {PhiloxRounds(dropout.key())};
+    result.rounds.keep();
+    return result;
   }
   __device__ __forceinline__ float of_row(int64_t) const { return 0.0f; }
   template <typename Ring, bool Aligned>
@@ -113,7 +117,7 @@ struct Backward {
                                        float (&totals)[sums][size]) {
     float result[size];
     widen(in, result);
-    dropout.apply<Aligned>(row.row, row.col, result);
+    dropout.apply<Aligned>(row.shared.rounds, row.row, row.col, result);
     store(x_grad.row<T>(0), at, pack<T>(result));
     x_grad.next<T>();
 #pragma unroll

@@ -40,9 +40,14 @@ struct Dropout {
   // not with what a kernel adds to it: the same bits in all of them.
   template <bool Aligned, int N>
   __device__ __forceinline__ void apply(int64_t row, int col, float (&values)[N]) const {
+    apply<Aligned>(PhiloxRounds(key()), row, col, values);
+  }
+  template <bool Aligned, int N>
+  __device__ __forceinline__ void apply(const PhiloxRounds& rounds, int64_t row, int col,
+                                        float (&values)[N]) const {
     if (!random) return;
     uint32_t numbers[N / 2];
-    draw<Aligned, N>(key(), static_cast<uint64_t>(row * cols + col), numbers);
+    draw<Aligned, N>(rounds, static_cast<uint64_t>(row * cols + col), numbers);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const uint32_t number = i % 2 ? numbers[i / 2] >> 16 : numbers[i / 2] & 0xffffu;

@@ -9,6 +9,28 @@ struct PhiloxKey {
   uint64_t seed, offset;
 };
 
+// The keys of the rounds, and the counter's half that all elements of a call share.
+struct PhiloxRounds {
+  static constexpr int count = 10;
+  uint32_t step[2], keys[count][2];
+
+  explicit __device__ __forceinline__ PhiloxRounds(PhiloxKey key) {
+    const uint64_t first = key.offset / 4;
+    step[0] = static_cast<uint32_t>(first);
+    step[1] = static_cast<uint32_t>(first >> 32);
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      keys[i][0] = static_cast<uint32_t>(key.seed) + i * 0x9E3779B9u;
+      keys[i][1] = static_cast<uint32_t>(key.seed >> 32) + i * 0xBB67AE85u;
+    }
+  }
+  // In registers from here on: the compiler would rather add again for every vector.
+  __device__ __forceinline__ void keep() {
+#pragma unroll
+    for (int i = 0; i < count; ++i) asm volatile("" : "+r"(keys[i][0]), "+r"(keys[i][1]));
+  }
+};
+
 // Written as a product of 64 bits it brings an addition of zero with it (nvcc 13.0).
 __device__ __forceinline__ uint64_t wide_product(uint32_t a, uint32_t b) {
   uint64_t product;
@@ -17,20 +39,17 @@ __device__ __forceinline__ uint64_t wide_product(uint32_t a, uint32_t b) {
 }
 
 // The words of a counter: the 16-bit numbers of elements 8 * counter ... 8 * counter + 7.
-__device__ __forceinline__ void philox(PhiloxKey key, uint64_t counter, uint32_t (&words)[4]) {
-  const uint64_t step = key.offset / 4;
-  uint32_t c0 = static_cast<uint32_t>(step), c1 = static_cast<uint32_t>(step >> 32);
+__device__ __forceinline__ void philox(const PhiloxRounds& rounds, uint64_t counter,
+                                       uint32_t (&words)[4]) {
+  uint32_t c0 = rounds.step[0], c1 = rounds.step[1];
   uint32_t c2 = static_cast<uint32_t>(counter), c3 = static_cast<uint32_t>(counter >> 32);
-  uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
 #pragma unroll
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < PhiloxRounds::count; ++round) {
     const uint64_t p0 = wide_product(0xD2511F53u, c0), p1 = wide_product(0xCD9E8D57u, c2);
-    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ rounds.keys[round][0];
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ rounds.keys[round][1];
     c1 = static_cast<uint32_t>(p1);
     c3 = static_cast<uint32_t>(p0);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
   }
   words[0] = c0;
   words[1] = c1;
@@ -43,16 +62,17 @@ __device__ __forceinline__ void philox(PhiloxKey key, uint64_t counter, uint32_t
 // and all are moved up in steps, so that all indices are constants. Aligned: `element` is a
 // multiple of N, known to the compiler.
 template <bool Aligned, int N>
-__device__ __forceinline__ void draw(PhiloxKey key, uint64_t element, uint32_t (&numbers)[N / 2]) {
+__device__ __forceinline__ void draw(const PhiloxRounds& rounds, uint64_t element,
+                                     uint32_t (&numbers)[N / 2]) {
   static_assert(N == 4 || N == 8);
   const int skip = static_cast<int>(element % 8);
   uint32_t drawn[8] = {}, four[4];
-  philox(key, element / 8, four);
+  philox(rounds, element / 8, four);
 #pragma unroll
   for (int i = 0; i < 4; ++i) drawn[i] = four[i];
   if constexpr (!Aligned) {
     if (skip + N > 8) {
-      philox(key, element / 8 + 1, four);
+      philox(rounds, element / 8 + 1, four);
 #pragma unroll
       for (int i = 0; i < 4; ++i) drawn[4 + i] = four[i];
     }
