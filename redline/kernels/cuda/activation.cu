@@ -43,7 +43,7 @@ struct Backward : Common {
   static constexpr int size = vector_size<T>, in_flight = 1;
   static constexpr int sums = 1, blocks_per_sm = activation_column_blocks, pieces = 2, slots = 2;
   static constexpr int element_blocks = sizeof(T) == 2 ? 16 : 0;
-  static constexpr bool fits_more = false, sums_rows = false;
+  static constexpr bool fits_more = false, sums_rows = false, shared_in_memory = false;
   struct Input {
     Packed<T> x, y_grad;
   };
