@@ -28,6 +28,7 @@ __global__ void __launch_bounds__(1024)
   const int64_t col = int64_t{blockIdx.x} * 32 + threadIdx.x;
   const float* partial = blockIdx.y == 0 ? first.partial : second.partial;
   float total = 0.0f;
+  allow_next_launch();
   wait_for_previous_launch();
   if (col < cols) {
 #pragma unroll 8

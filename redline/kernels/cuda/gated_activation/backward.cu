@@ -217,12 +217,14 @@ void launch_rows(const Op& op, bool aligned, Stream stream) {
   }
 }
 
-// Adds a row's parts in order. The walk down the columns wrote them.
+// Adds a row's parts in order. The walk down the columns wrote them; the sum of its chunks,
+// launched between, has waited for it.
 template <typename Op>
 __global__ void __launch_bounds__(row_block) parts_kernel(const Op op, int count) {
   const int64_t row = int64_t{blockIdx.x} * row_block + threadIdx.x;
   if (row >= op.extent.rows) return;
   float total = 0.0f;
+  wait_for_previous_launch();
 #pragma unroll 8
   for (int k = 0; k < count; ++k) total += op.parts[k * op.extent.rows + row];
   op.store_row_scale_grad(row, total);
@@ -233,6 +235,7 @@ void launch_parts(const Op& op, Stream stream) {
   launch(parts_kernel<Op>,
          {.grid = dim3(ceil_div(op.extent.rows, row_block)),
           .block = dim3(row_block),
+          .overlap_previous = stream.capability >= 90,
           .stream = stream},
          op, static_cast<int>(ceil_div(op.extent.vectors, 32)));
 }
