@@ -20,7 +20,6 @@ struct Common {
 template <typename T, typename Function>
 struct Forward : Common {
   static constexpr int size = vector_size<T>, in_flight = 1;
-  static constexpr int element_blocks = sizeof(T) == 2 ? 16 : 0;
   using Input = Packed<T>;
   Matrix y;
 
@@ -42,7 +41,6 @@ template <typename T, typename Function>
 struct Backward : Common {
   static constexpr int size = vector_size<T>, in_flight = 1;
   static constexpr int sums = 1, blocks_per_sm = activation_column_blocks, pieces = 2, slots = 2;
-  static constexpr int element_blocks = sizeof(T) == 2 ? 16 : 0;
   static constexpr bool fits_more = false, sums_rows = false, shared_in_memory = false;
   struct Input {
     Packed<T> x, y_grad;
@@ -57,17 +55,21 @@ struct Backward : Common {
   __device__ __forceinline__ Input load(const Place<Aligned>& at) const {
     return {cuda::load(x.row<const T>(at.row), at), cuda::load(y_grad.row<const T>(at.row), at)};
   }
+  // Of x with its bias; y has forward's bits.
   template <bool Aligned>
   __device__ __forceinline__ void gradient(const Place<Aligned>& at, const Input& in,
                                            float (&values)[size], float (&result)[size]) const {
 #pragma unroll
     for (int i = 0; i < size; ++i) {
-      float derivative;
-      Function::derive(values[i], values[i], derivative);
+      float value, derivative;
+      Function::derive(values[i], value, derivative);
       result[i] = element(in.y_grad, i) * derivative;
     }
     store(x_grad.row<T>(at.row), at, pack<T>(result));
-    if (wants_y) store(y.row<T>(at.row), at, pack<T>(values));
+    if (!wants_y) return;
+#pragma unroll
+    for (int i = 0; i < size; ++i) values[i] = Function::value(values[i]);
+    store(y.row<T>(at.row), at, pack<T>(values));
   }
   template <bool Aligned>
   __device__ __forceinline__ void run(const Place<Aligned>& at, const Input& in) const {

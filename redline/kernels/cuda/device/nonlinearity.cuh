@@ -109,36 +109,54 @@ struct Gelu {
   }
 };
 
+// q in order of falling powers.
+template <int Count>
+__device__ __forceinline__ float polynomial(const float (&q)[Count], float s) {
+  float result = q[0];
+#pragma unroll
+  for (int i = 1; i < Count; ++i) result = result * s + q[i];
+  return result;
+}
+
 // P(x) = erfc(-x / sqrt(2)) / 2 and its density e^(-x^2 / 2) / sqrt(2 pi). P(-|x|) = e^(-x^2 / 2)
-// t q(t), t = 1 / (1 + p |x|), the form of Abramowitz and Stegun's 7.1.26, with q as on the CPU
-// (cpu/vector_math.h): half the instructions of erfcf. Fast: q of degree 5 in t and p = 0.3085,
-// both fitted for the least largest relative error over |x| <= 14.5, 4.1e-6: a sixtieth of half a
-// unit in float16's last place (degree 4 leaves 3.3e-5, degree 7 with p = 0.24 2.4e-7). Of all
-// float16 the results are off by 0.506 units at most, where erff's are off by 1.7: 1 + erf cancels.
+// t q(t - 0.5), t = 1 / (1 + 0.24 |x|), the form of Abramowitz and Stegun's 7.1.26, with q as on
+// the CPU (cpu/vector_math.h): half the instructions of erfcf. Fast: q of degree 7, fitted for the
+// least largest relative error over |x| <= 14.5, 2.4e-7: a bias's gradient beside 16 bits may be
+// float32.
 template <bool Fast>
 __device__ __forceinline__ float normal_cdf(float x, float& density) {
-  const float e = power<Fast>(-0.5f * exponent_unit<Fast> * x * x);
-  const float t = reciprocal<Fast>(1.0f + (Fast ? 0.3085f : 0.24f) * fabsf(x));
   constexpr float whole[] = {0.0255180486f, -0.00975879841f, -0.0633387938f, -0.0295283496f,
                              0.115966164f,  0.294963121f,    0.401898354f,   0.391866803f,
                              0.297425389f,  0.181968674f};
-  constexpr float brief[] = {-0.0750340372f, 0.187240109f, 0.00950623862f,
-                             0.135691762f,   0.119288787f, 0.12330547f};
-  const float s = Fast ? t : t - 0.5f;
-  float q = Fast ? brief[0] : whole[0];
-#pragma unroll
-  for (int i = 1; i < (Fast ? 6 : 10); ++i) q = q * s + (Fast ? brief[i] : whole[i]);
-  const float tail = e * (t * q);
+  constexpr float brief[] = {-0.0530974097f, -0.0332748347f, 0.114854037f, 0.295308345f,
+                             0.401945052f,   0.391857744f,   0.297424776f, 0.181968705f};
+  const float e = power<Fast>(-0.5f * exponent_unit<Fast> * x * x);
+  const float t = reciprocal<Fast>(1.0f + 0.24f * fabsf(x)), s = t - 0.5f;
+  const float tail = e * (t * (Fast ? polynomial(brief, s) : polynomial(whole, s)));
   density = e * 0.398942280401432678f;
+  return x < 0.0f ? tail : 1.0f - tail;
+}
+
+// P(x) for results of 16 bits: q(t) of degree 5 and t = 1 / (1 + 0.3085 |x|), both fitted as above,
+// 4.1e-6: a sixtieth of half a unit in float16's last place (degree 4 leaves 3.3e-5). Of all
+// float16 x P(x) is off by 0.506 units at most, where erff's is off by 1.7: 1 + erf cancels.
+__device__ __forceinline__ float brief_normal_cdf(float x) {
+  constexpr float q[] = {-0.0750340372f, 0.187240109f, 0.00950623862f,
+                         0.135691762f,   0.119288787f, 0.12330547f};
+  const float e = power<true>(-0.5f * exponent_unit<true> * x * x);
+  const float t = reciprocal<true>(1.0f + 0.3085f * fabsf(x));
+  const float tail = e * (t * polynomial(q, t));
   return x < 0.0f ? tail : 1.0f - tail;
 }
 
 template <bool Fast>
 struct GeluErf {
   static __device__ __forceinline__ float value(float x) {
+    if constexpr (Fast) return x * brief_normal_cdf(x);
     float density;
     return x * normal_cdf<Fast>(x, density);
   }
+  // `value` may have other bits than value()'s.
   static __device__ __forceinline__ void derive(float x, float& value, float& derivative) {
     float density;
     const float cdf = normal_cdf<Fast>(x, density);
