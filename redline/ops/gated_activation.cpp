@@ -142,7 +142,7 @@ Gradients backward(const Tensor& y_grad, const Tensor& x, const OptionalTensor& 
                        row_scale = contiguous(op_name, "row_scale", options.row_scale);
   const auto [gate_view, linear_view] = halves(x_rows, linear_rows);
   const auto [gate_grad, linear_grad] = halves(out.x, linear ? out.linear : Tensor());
-  const Tensor partial = column_partial(out.bias, needs.bias, gate_view);
+  const Tensor partial = column_partial(out.bias, needs.bias, gate_view, cuda::gated_column_blocks);
   const Tensor parts = row_parts(x, gate_view, needs);
   const GatedActivationBackward args{
       .activation = kind,

@@ -117,20 +117,12 @@ __device__ __forceinline__ Op local(const Op& op) {
   }
 }
 
-// Blocks of an op that a multiprocessor has registers for, where the compiler would take more.
-template <typename Op>
-constexpr int element_blocks() {
-  if constexpr (requires { Op::element_blocks; }) return Op::element_blocks;
-  return 0;
-}
-
 // Small blocks: one that ends makes room early. With 256 threads gelu ran at 0.97 of a copy, with
 // 512 at 0.94, with 128 at 0.99 (H200, 8192 x 4096 bfloat16).
 constexpr int element_threads = 128;
 
 template <typename Op, bool Aligned>
-__global__ void __launch_bounds__(element_threads, element_blocks<Op>())
-    element_kernel(const Op given) {
+__global__ void __launch_bounds__(element_threads) element_kernel(const Op given) {
   constexpr int U = Op::in_flight;
   const Extent& extent = given.extent;
   const int64_t total = extent.total;

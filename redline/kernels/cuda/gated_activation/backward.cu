@@ -13,8 +13,7 @@ namespace {
 template <typename T, typename Kind>
 struct Backward : Common {
   static constexpr int size = vector_size<T>, in_flight = 1;
-  static constexpr int sums = 2, blocks_per_sm = column_blocks, pieces = 3, slots = 2;
-  static constexpr int element_blocks = sizeof(T) == 2 ? 12 : 0;
+  static constexpr int sums = 2, blocks_per_sm = gated_column_blocks, pieces = 3, slots = 3;
   static constexpr bool fits_more = false, sums_rows = true, shared_in_memory = true;
   struct Input {
     Packed<T> gate, linear, y_grad;
