@@ -128,8 +128,8 @@ def test_bits_do_not_depend_on_strides_threads_or_neighbours(dtype, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("keys", [2200, 9000])
 def test_heads_that_share_a_large_mask(keys, device):
-    """On CUDA blocks then go over the heads of a query: each row has the bits of its head alone, and
-    its sink's probability lies beside it, or the sink's gradient would be another."""
+    """On CUDA blocks then go over the heads of a query: each row has the bits of its head alone,
+    and its sink's probability lies beside it, or the sink's gradient would be another."""
     shape = (2, 3, 3 + (18 << 20) // (5 * keys), keys)
     scores, mask, sink = inputs_of(shape, torch.bfloat16, device)
 

@@ -62,7 +62,7 @@ struct NormBackward {
                               // y_grad's dtype; without a row_count
   TensorView weight_partial;  // [chunks, cols] accumulation dtype, workspace; with weight_grad,
                               // unless norm_chunks() is 0
-  TensorView bias_partial;    // [chunks, cols] accumulation dtype, workspace; with bias_grad, as well
+  TensorView bias_partial;    // the same, with bias_grad
   TensorView weight_grad;     // [cols], out, optional
   TensorView bias_grad;       // [cols], out, optional, layer alone
   bool zero_centered = false;
