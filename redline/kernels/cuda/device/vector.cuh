@@ -37,6 +37,28 @@ __device__ __forceinline__ float element(const Packed<T, N>& packed, int i) {
   }
 }
 
+// By accesses of 16 bytes (or 8) where it has as many: a store by assignment is cut into the
+// elements where the compiler knows them one by one.
+template <typename Vector>
+__device__ __forceinline__ void store_whole(void* to, const Vector& value) {
+  const size_t at = __cvta_generic_to_global(to);
+  if constexpr (sizeof(Vector) % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(Vector)) / 16; ++i) {
+      const uint4 words = reinterpret_cast<const uint4*>(&value)[i];
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at + 16 * i), "r"(words.x),
+                   "r"(words.y), "r"(words.z), "r"(words.w)
+                   : "memory");
+    }
+  } else if constexpr (sizeof(Vector) == 8) {
+    const uint2 words = reinterpret_cast<const uint2&>(value);
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(at), "r"(words.x), "r"(words.y)
+                 : "memory");
+  } else {
+    *static_cast<Vector*>(to) = value;
+  }
+}
+
 // Elements [col, col + N) of a row of `cols`; zeros from cols on.
 template <typename T, int N = vector_size<T>>
 __device__ __forceinline__ Packed<T, N> load(const T* row, int col, int cols, bool aligned) {

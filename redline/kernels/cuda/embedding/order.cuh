@@ -11,13 +11,14 @@
 namespace redline::cuda {
 namespace {
 
-// The parts of the workspace, each [tokens] but the last three. The first three are what the sum
+// The parts of the workspace, each [tokens] but the last four. The first three are what the sum
 // follows: the tokens' rows of the vocabulary, their positions, and for each the place where its
 // row begins. keys and positions are the sort's.
 struct Workspace {
   uint32_t *rows, *order, *begins, *positions;
-  uint32_t* keys;  // whole runs
-  float* partial;  // [chunk_slots, hidden]
+  uint32_t* keys;   // whole runs
+  uint32_t* named;  // a bit of each row of the vocabulary: it has tokens
+  float* partial;   // [chunk_slots, hidden]
   void* sort_space;
 };
 
@@ -33,27 +34,38 @@ constexpr int chunk = 64;
 // further chunk of such a row: the starts of a kind lie a chunk apart or more.
 constexpr int64_t chunk_slots(int64_t tokens) { return 2 * ceil_div(tokens, chunk); }
 
+constexpr int64_t named_words(int64_t vocabulary) { return ceil_div(vocabulary, 32); }
+
 // Elements before the sort's own space.
-constexpr int64_t fixed_size(int64_t tokens, int64_t hidden) {
-  return 4 * part_size(tokens) + runs_size(tokens) + part_size(chunk_slots(tokens) * hidden);
+constexpr int64_t fixed_size(int64_t tokens, int64_t vocabulary, int64_t hidden) {
+  return 4 * part_size(tokens) + runs_size(tokens) + part_size(named_words(vocabulary)) +
+         part_size(chunk_slots(tokens) * hidden);
 }
 
 Workspace workspace_of(const EmbeddingBackward& args) {
   uint32_t* begin = args.workspace.as<uint32_t>();
   const int64_t tokens = args.tokens.sizes[0], part = part_size(tokens);
+  const int64_t vocabulary = args.weight_grad.sizes[0], hidden = args.weight_grad.sizes[1];
+  uint32_t* named = begin + 4 * part + runs_size(tokens);
   return {.rows = begin,
           .order = begin + part,
           .begins = begin + 2 * part,
           .positions = begin + 3 * part,
           .keys = begin + 4 * part,
-          .partial = reinterpret_cast<float*>(begin + 4 * part + runs_size(tokens)),
-          .sort_space = begin + fixed_size(tokens, args.weight_grad.sizes[1])};
+          .named = named,
+          .partial = reinterpret_cast<float*>(named + part_size(named_words(vocabulary))),
+          .sort_space = begin + fixed_size(tokens, vocabulary, hidden)};
 }
 
 // Tokens without a gradient go behind all rows.
 __device__ __forceinline__ uint32_t row_of(const Tokens& tokens, int64_t i, int64_t padding_index) {
   const int64_t token = read_token(tokens, i);
   return static_cast<uint32_t>(token >= 0 && token != padding_index ? token : tokens.vocabulary);
+}
+
+// By the first token of the row.
+__device__ __forceinline__ void set_named(uint32_t* named, uint32_t row, const Tokens& tokens) {
+  if (row < tokens.vocabulary) atomicOr(named + row / 32, 1u << (row % 32));
 }
 
 // How many of `count` ascending keys are below `key`.
@@ -86,27 +98,68 @@ bool runs_fit(const Tokens& tokens) {
   return tokens.count <= run_tokens * most_runs && tokens.vocabulary < rows - 1;
 }
 
-// keys: [runs, run_tokens], each run ascending; the last one ends with keys above all.
+constexpr int run_parts = 4;  // blocks of a run, and threads of a token
+
+// to.keys: [runs, run_tokens], each run ascending; the last one ends with keys above all.
 __global__ void __launch_bounds__(run_tokens)
-    runs_kernel(Tokens tokens, int64_t padding_index, uint32_t* keys) {
+    runs_kernel(Tokens tokens, int64_t padding_index, Workspace to) {
   __shared__ __align__(16) uint32_t run[run_tokens];
   allow_next_launch();
+  const int64_t words = named_words(tokens.vocabulary), block = blockIdx.y * gridDim.x + blockIdx.x;
+  for (int64_t i = block * run_tokens + threadIdx.x; i < words;
+       i += int64_t{gridDim.x} * gridDim.y * run_tokens) {
+    to.named[i] = 0;
+  }
   const int position = blockIdx.x * run_tokens + threadIdx.x;
-  const uint32_t key = position < tokens.count
-                           ? row_of(tokens, position, padding_index) << position_bits | position
-                           : UINT32_MAX - (run_tokens - 1) + threadIdx.x;
-  run[threadIdx.x] = key;
+  run[threadIdx.x] = position < tokens.count
+                         ? row_of(tokens, position, padding_index) << position_bits | position
+                         : UINT32_MAX - (run_tokens - 1) + threadIdx.x;
   __syncthreads();
+  const int part = threadIdx.x % run_parts;
+  const uint32_t key = run[(blockIdx.y * run_tokens + threadIdx.x) / run_parts];
   int below = 0;
 #pragma unroll 8
-  for (int i = 0; i < run_tokens; i += 4) {
+  for (int i = 4 * part; i < run_tokens; i += 4 * run_parts) {
     const uint4 four = *reinterpret_cast<const uint4*>(run + i);
     below += (four.x < key) + (four.y < key) + (four.z < key) + (four.w < key);
   }
-  keys[blockIdx.x * run_tokens + below] = key;
+#pragma unroll
+  for (int lane = 1; lane < run_parts; lane *= 2) below += __shfl_xor_sync(~0u, below, lane);
+  if (part == 0) to.keys[blockIdx.x * run_tokens + below] = key;
 }
 
-constexpr int join_tokens = 64, join_parts = 8;  // of a block; of the runs, side by side
+// What needs no order is done while the tokens are sorted, as much as memory takes in that time:
+// the last rows, a quarter at most, are zeroed, named or not, and where y_grad is no larger it is
+// brought to the L2 cache.
+constexpr int64_t ahead_bytes = int64_t{16} << 20;
+
+struct Ahead {
+  char* zeros = nullptr;
+  const char* read = nullptr;
+  int64_t zeros_stride, read_stride, zeros_size, read_size;  // bytes, of rows
+  int64_t zero_rows = 0, read_rows = 0;
+  int blocks = 0;
+};
+
+__device__ __forceinline__ void prefetch(const char* from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void work_ahead(const Ahead& ahead) {
+  const int thread = blockIdx.x * blockDim.x + threadIdx.x, threads = ahead.blocks * blockDim.x;
+  for (int64_t i = thread; i < ahead.read_rows; i += threads) {
+    prefetch(ahead.read + i * ahead.read_stride, static_cast<uint32_t>(ahead.read_size));
+  }
+  const int vectors = static_cast<int>(ahead.zeros_size / 16);
+  for (int i = thread; i < ahead.zero_rows * vectors; i += threads) {
+    char* to = ahead.zeros + i / vectors * ahead.zeros_stride + i % vectors * 16;
+    *reinterpret_cast<uint4*>(to) = uint4{};
+  }
+}
+
+constexpr int join_tokens = 128, join_parts = 8;  // of a block; of the runs, side by side
 constexpr int join_threads = join_tokens * join_parts;
 
 // How many keys of a run are below both.
@@ -123,17 +176,22 @@ __device__ __forceinline__ void add_below(const uint32_t* run, const uint32_t (&
 }
 
 __global__ void __launch_bounds__(join_threads)
-    join_kernel(const uint32_t* keys, int runs, int count, Workspace to) {
+    join_kernel(Tokens tokens, int runs, Workspace to, Ahead ahead) {
   extern __shared__ __align__(16) uint32_t all[];
   __shared__ int found[2][join_parts][join_tokens];
+  if (blockIdx.x < ahead.blocks) {
+    allow_next_launch();
+    return work_ahead(ahead);
+  }
   wait_for_previous_launch();
   allow_next_launch();
   for (int i = threadIdx.x; i < runs * run_tokens / 4; i += join_threads) {
-    reinterpret_cast<uint4*>(all)[i] = reinterpret_cast<const uint4*>(keys)[i];
+    reinterpret_cast<uint4*>(all)[i] = reinterpret_cast<const uint4*>(to.keys)[i];
   }
   __syncthreads();
   const int own = threadIdx.x % join_tokens, part = threadIdx.x / join_tokens;
-  const int index = blockIdx.x * join_tokens + own;  // any order: the place is what counts
+  const int index =
+      (blockIdx.x - ahead.blocks) * join_tokens + own;  // any order: the place is what counts
   const uint32_t key = all[index], row = key >> position_bits;
   int below[2] = {};  // the key itself, the first that its row may have
   for (int run = part; run < runs; run += join_parts) {
@@ -149,26 +207,46 @@ __global__ void __launch_bounds__(join_threads)
     place += found[0][k][own];
     begin += found[1][k][own];
   }
-  if (place >= count) return;  // keys above all
+  if (place >= tokens.count) return;  // keys above all
   to.rows[place] = row;
   to.order[place] = key & ((1u << position_bits) - 1);
   to.begins[place] = begin;
+  if (place == begin) set_named(to.named, row, tokens);
 }
 
-void sort_by_runs(const EmbeddingBackward& args, Tokens tokens, Stream stream) {
+Ahead ahead_of(const EmbeddingBackward& args, const Tokens& tokens, bool aligned, Stream stream) {
+  const TensorView &y_grad = args.y_grad, &weight_grad = args.weight_grad;
+  Ahead ahead = {};
+  ahead.read_size = y_grad.sizes[1] * element_bytes(y_grad.dtype);
+  ahead.zeros_size = weight_grad.sizes[1] * element_bytes(weight_grad.dtype);
+  ahead.read_stride = y_grad.strides[0] * element_bytes(y_grad.dtype);
+  ahead.zeros_stride = weight_grad.strides[0] * element_bytes(weight_grad.dtype);
+  if (!aligned || tokens.count == 0 || !runs_fit(tokens) || ahead.zeros_size == 0) return ahead;
+  if (!args.accumulate) {
+    ahead.zero_rows = std::min(tokens.vocabulary / 4, ahead_bytes / ahead.zeros_size);
+  }
+  if (tokens.count * ahead.read_size <= ahead_bytes) ahead.read_rows = tokens.count;
+  ahead.read = static_cast<const char*>(y_grad.data);
+  ahead.zeros = static_cast<char*>(weight_grad.data) +
+                (tokens.vocabulary - ahead.zero_rows) * ahead.zeros_stride;
+  if (ahead.zero_rows + ahead.read_rows > 0) ahead.blocks = stream.sm_count;
+  return ahead;
+}
+
+void sort_by_runs(const EmbeddingBackward& args, Tokens tokens, const Ahead& ahead, Stream stream) {
   const Workspace at = workspace_of(args);
   const int runs = static_cast<int>(ceil_div(tokens.count, run_tokens));
   note_choice(tokens.count, " tokens, up to ", run_tokens * most_runs, " by runs: each of ",
               run_tokens, " is sorted, then a token's place is looked for in every one");
-  launch(runs_kernel, {.grid = dim3(runs), .block = dim3(run_tokens), .stream = stream}, tokens,
-         args.padding_index, at.keys);
+  launch(runs_kernel, {.grid = dim3(runs, run_parts), .block = dim3(run_tokens), .stream = stream},
+         tokens, args.padding_index, at);
   launch(join_kernel,
-         {.grid = dim3(runs * run_tokens / join_tokens),
+         {.grid = dim3(ahead.blocks + runs * run_tokens / join_tokens),
           .block = dim3(join_threads),
           .shared_bytes = runs * run_tokens * 4,
           .overlap_previous = stream.capability >= 90,
           .stream = stream},
-         at.keys, runs, static_cast<int>(tokens.count), at);
+         tokens, runs, at, ahead);
 }
 
 // --- by radix sort ------------------------------------------------------------------------------
@@ -193,10 +271,12 @@ __global__ void __launch_bounds__(sort_threads)
   positions[i] = static_cast<uint32_t>(i);
 }
 
-__global__ void __launch_bounds__(sort_threads)
-    begins_kernel(const uint32_t* rows, int64_t count, uint32_t* begins) {
+__global__ void __launch_bounds__(sort_threads) begins_kernel(Tokens tokens, Workspace to) {
   const int64_t i = int64_t{blockIdx.x} * sort_threads + threadIdx.x;
-  if (i < count) begins[i] = static_cast<uint32_t>(keys_below(rows, i, rows[i]));
+  if (i >= tokens.count) return;
+  const int64_t begin = keys_below(to.rows, i, to.rows[i]);
+  to.begins[i] = static_cast<uint32_t>(begin);
+  if (i == begin) set_named(to.named, to.rows[i], tokens);
 }
 
 void sort_by_radix(const EmbeddingBackward& args, Tokens tokens, Stream stream) {
@@ -206,16 +286,20 @@ void sort_by_radix(const EmbeddingBackward& args, Tokens tokens, Stream stream) 
                                .stream = stream};
   note_choice(tokens.count, " tokens of ", tokens.vocabulary, " rows: more than runs hold, so by ",
               "CUB's radix sort");
+  check_status(cudaMemsetAsync(at.named, 0, named_words(tokens.vocabulary) * 4,
+                               static_cast<cudaStream_t>(stream.handle)),
+               "embedding: named rows");
   launch(rows_kernel, config, tokens, args.padding_index, at.keys, at.positions);
-  const int64_t used = fixed_size(tokens.count, args.weight_grad.sizes[1]);
+  const int64_t used = fixed_size(tokens.count, tokens.vocabulary, args.weight_grad.sizes[1]);
   radix_sort(at, at.sort_space, static_cast<size_t>(args.workspace.sizes[0] - used) * 4, tokens,
              stream);
-  launch(begins_kernel, config, at.rows, tokens.count, at.begins);
+  launch(begins_kernel, config, tokens, at);
 }
 
-void sort_by_row(const EmbeddingBackward& args, Tokens tokens, Stream stream) {
+void sort_by_row(const EmbeddingBackward& args, Tokens tokens, const Ahead& ahead, Stream stream) {
   if (tokens.count == 0) return;
-  runs_fit(tokens) ? sort_by_runs(args, tokens, stream) : sort_by_radix(args, tokens, stream);
+  runs_fit(tokens) ? sort_by_runs(args, tokens, ahead, stream)
+                   : sort_by_radix(args, tokens, stream);
 }
 
 }  // namespace
