@@ -38,9 +38,7 @@ __global__ void __launch_bounds__(forward_threads) forward_kernel(const Forward 
     }
 #pragma unroll
     for (int k = 0; k < forward_vectors; ++k) {
-      if (col + k * step < args.hidden) {
-        *reinterpret_cast<Packed<T, V>*>(to + col + k * step) = values[k];
-      }
+      if (col + k * step < args.hidden) store_whole(to + col + k * step, values[k]);
     }
   }
 }
