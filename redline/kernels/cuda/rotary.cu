@@ -47,8 +47,10 @@ struct Args {
   int64_t tokens, columns;  // columns: the size of inner
   Divisor per_column;       // by `columns`, where the tokens are fewer than 2^31
   int heads, head_dim, pairs;
-  Divisor per_group;  // by the heads of a group
-  int group_heads, rotated_heads;
+  int first_heads;      // of q where q, k and v lie apart; k's and v's follow
+  Divisor per_group;    // by the heads of a group
+  Divisor per_queries;  // by the q heads of a group
+  int group_heads, rotated_heads, groups;
   bool all_turn;      // every head of a group
   bool outer_counts;  // the sequence is the outer axis
   float direction;    // -1 in backward
@@ -65,10 +67,6 @@ __device__ __forceinline__ Token token_at(const Args& args, int64_t index) {
     return {args.per_column.quotient(small), args.per_column.remainder(small)};
   }
   return {index / args.columns, index % args.columns};
-}
-
-__device__ __forceinline__ bool head_turns(const Args& args, int head) {
-  return args.all_turn || args.per_group.remainder(head) < args.rotated_heads;
 }
 
 struct Position {
@@ -169,18 +167,39 @@ __device__ __forceinline__ T* address(const Heads& heads, Token token) {
          token.inner * heads.inner_stride;
 }
 
-// A head of a side: in the place of its number, or, where q, k and v lie apart, in its part.
-template <bool IsApart, typename T>
-__device__ __forceinline__ T* head_address(const Args& args, const Heads& side, Token token,
-                                           int head) {
-  if constexpr (!IsApart) return address<T>(side, token) + head * side.head_stride;
-  const int group = args.per_group.quotient(head), place = args.per_group.remainder(head);
-  const int queries = args.group_heads - 2;
-  if (place < queries) {
-    return address<T>(side, token) + (group * queries + place) * side.head_stride;
+// How the heads lie: in groups on both sides; with q, k and v apart on one side.
+enum class Heading { packed, from_apart, to_apart };
+
+// Where a head of a token is read and written, and whether it turns. Where q, k and v lie apart
+// the order is theirs, so that neighbours of a warp do the same.
+template <typename T>
+struct Head {
+  const T* from;
+  T* to;
+  bool turns;
+};
+
+template <Heading H, typename T>
+__device__ __forceinline__ Head<T> head_at(const Args& args, Token token, int head) {
+  const auto at = [&](const Heads& heads, int index) {
+    return address<T>(heads, token) + index * heads.head_stride;
+  };
+  if constexpr (H == Heading::packed) {
+    const bool turns = args.all_turn || args.per_group.remainder(head) < args.rotated_heads;
+    return {at(args.x, head), at(args.y, head), turns};
+  } else {
+    const Heads& whole = H == Heading::from_apart ? args.y : args.x;
+    const Heads& queries = H == Heading::from_apart ? args.x : args.y;
+    const bool is_query = head < args.first_heads, is_key = head < args.first_heads + args.groups;
+    const int index = is_query ? head : head - args.first_heads - (is_key ? 0 : args.groups);
+    const int group = is_query ? args.per_queries.quotient(index) : index;
+    const int place =
+        is_query ? args.per_queries.remainder(index) : args.group_heads - (is_key ? 2 : 1);
+    T* apart = at(is_query ? queries : is_key ? args.k : args.v, index);
+    T* packed = at(whole, group * args.group_heads + place);
+    return {H == Heading::from_apart ? apart : packed, H == Heading::from_apart ? packed : apart,
+            place < args.rotated_heads};
   }
-  if (place == queries) return address<T>(args.k, token) + group * args.k.head_stride;
-  return address<T>(args.v, token) + group * args.v.head_stride;
 }
 
 // Heads pass by once: streaming accesses leave the caches to the tables.
@@ -203,10 +222,7 @@ __device__ __forceinline__ void store_once(T* to, const Vector& value) {
   }
 }
 
-// Which side has q, k and v apart.
-enum class Apart { none, x, y };
-
-template <typename T, int V, bool Interleaved, Apart Which>
+template <typename T, int V, bool Interleaved, Heading H>
 __global__ void __launch_bounds__(threads) rotary_kernel(const Args args) {
   using Vector = Packed<T, V>;
   const Split& split = args.split;
@@ -220,31 +236,30 @@ __global__ void __launch_bounds__(threads) rotary_kernel(const Args args) {
   Angles<V> angles = {};
   bool turns = chunk < split.pair_chunks;
   const int first_head = static_cast<int>(threadIdx.y), step = static_cast<int>(blockDim.y);
-  for (int head = first_head; head < args.heads; head += heads_per_thread * step) {
+  for (int first = first_head; first < args.heads; first += heads_per_thread * step) {
     Vector a[heads_per_thread], b[heads_per_thread];  // b: where there is a second
+    Head<T> heads[heads_per_thread];
 #pragma unroll
     for (int k = 0; k < heads_per_thread; ++k) {
-      if (head + k * step < args.heads) {
-        const T* from =
-            head_address<Which == Apart::x, const T>(args, args.x, token, head + k * step);
-        a[k] = load_once<Vector>(from + at.first);
-        if (has_second) b[k] = load_once<Vector>(from + at.second);
+      if (first + k * step < args.heads) {
+        heads[k] = head_at<H, T>(args, token, first + k * step);
+        a[k] = load_once<Vector>(heads[k].from + at.first);
+        if (has_second) b[k] = load_once<Vector>(heads[k].from + at.second);
       }
     }
     // The tables come after the heads' loads are on their way: a position is a load of its own.
-    if (head == first_head && turns) {
+    if (first == first_head && turns) {
       const Position position = position_of(args, token);
       turns = !position.is_none;
       if (turns) angles = load_angles<V>(args, position.row, chunk * V);
     }
 #pragma unroll
     for (int k = 0; k < heads_per_thread; ++k) {
-      if (head + k * step >= args.heads) break;
-      T* to = head_address<Which == Apart::y, T>(args, args.y, token, head + k * step);
-      const bool turned = turns && head_turns(args, head + k * step);
+      if (first + k * step >= args.heads) break;
+      const bool turned = turns && heads[k].turns;
       if (turned) turn<T, V, Interleaved>(a[k], b[k], angles);
-      store_once(to + at.first, a[k]);
-      if (turned || has_second) store_once(to + at.second, b[k]);
+      store_once(heads[k].to + at.first, a[k]);
+      if (turned || has_second) store_once(heads[k].to + at.second, b[k]);
     }
   }
 }
@@ -267,13 +282,13 @@ Split split_of(const Args& args, int vector) {
           .block = dim3(chunk_lanes, head_lanes, token_lanes)};
 }
 
-template <typename T, int V, bool Interleaved, Apart Which>
+template <typename T, int V, bool Interleaved, Heading H>
 void launch_rotary(Args args, Stream stream) {
   args.split = split_of(args, V);
   const Split& split = args.split;
   note_choice(V, " pairs a thread of ", args.heads, " heads",
-              Which == Apart::none ? "" : "; q, k and v lie apart");
-  launch(rotary_kernel<T, V, Interleaved, Which>,
+              H == Heading::packed ? "" : "; q, k and v lie apart");
+  launch(rotary_kernel<T, V, Interleaved, H>,
          {.grid = dim3(ceil_div(args.tokens, split.block.z), ceil_div(split.chunks, split.block.x)),
           .block = split.block,
           .stream = stream},
@@ -284,33 +299,38 @@ Args args_of(const Rotary& rotary) {
   const TensorView& x = whole(rotary);
   REDLINE_CHECK(x.sizes[2] < INT32_MAX / 2 && x.sizes[3] < INT32_MAX / 2,
                 "rotary: x: expected fewer than 2^30 heads and elements of a head, not ", x);
-  return {.x = heads_of(rotary.x),
-          .y = heads_of(rotary.y),
-          .k = heads_of(rotary.k),
-          .v = heads_of(rotary.v),
-          .cos = rotary.cos.as<const float>(),
-          .sin = rotary.sin.as<const float>(),
-          .cos_stride = rotary.cos.strides[0],
-          .sin_stride = rotary.sin.strides[0],
-          .table_rows = rotary.cos.sizes[0],
-          .positions = index_of(rotary.positions),
-          .cu_seqlens = index_of(rotary.cu_seqlens),
-          .positions_outer_stride = rotary.positions.strides[0],
-          .positions_inner_stride = rotary.positions.strides[1],
-          .boundaries = rotary.cu_seqlens.sizes[0],
-          .tokens = x.sizes[0] * x.sizes[1],
-          .columns = x.sizes[1],
-          .per_column = Divisor(static_cast<uint32_t>(std::min<int64_t>(x.sizes[1], INT32_MAX))),
-          .heads = static_cast<int>(x.sizes[2]),
-          .head_dim = static_cast<int>(x.sizes[3]),
-          .pairs = static_cast<int>(rotary.cos.sizes[1]),
-          .per_group = Divisor(static_cast<uint32_t>(rotary.group_heads)),
-          .group_heads = static_cast<int>(rotary.group_heads),
-          .rotated_heads = static_cast<int>(rotary.rotated_heads),
-          .all_turn = rotary.rotated_heads == rotary.group_heads,
-          .outer_counts = rotary.sequence_axis == 0,
-          .direction = rotary.backward ? -1.0f : 1.0f,
-          .split = {}};
+  return {
+      .x = heads_of(rotary.x),
+      .y = heads_of(rotary.y),
+      .k = heads_of(rotary.k),
+      .v = heads_of(rotary.v),
+      .cos = rotary.cos.as<const float>(),
+      .sin = rotary.sin.as<const float>(),
+      .cos_stride = rotary.cos.strides[0],
+      .sin_stride = rotary.sin.strides[0],
+      .table_rows = rotary.cos.sizes[0],
+      .positions = index_of(rotary.positions),
+      .cu_seqlens = index_of(rotary.cu_seqlens),
+      .positions_outer_stride = rotary.positions.strides[0],
+      .positions_inner_stride = rotary.positions.strides[1],
+      .boundaries = rotary.cu_seqlens.sizes[0],
+      .tokens = x.sizes[0] * x.sizes[1],
+      .columns = x.sizes[1],
+      .per_column = Divisor(static_cast<uint32_t>(std::min<int64_t>(x.sizes[1], INT32_MAX))),
+      .heads = static_cast<int>(x.sizes[2]),
+      .head_dim = static_cast<int>(x.sizes[3]),
+      .pairs = static_cast<int>(rotary.cos.sizes[1]),
+      .first_heads = static_cast<int>(
+          rotary.k ? x.sizes[2] / rotary.group_heads * (rotary.group_heads - 2) : x.sizes[2]),
+      .per_group = Divisor(static_cast<uint32_t>(rotary.group_heads)),
+      .per_queries = Divisor(static_cast<uint32_t>(std::max<int64_t>(rotary.group_heads - 2, 1))),
+      .group_heads = static_cast<int>(rotary.group_heads),
+      .rotated_heads = static_cast<int>(rotary.rotated_heads),
+      .groups = static_cast<int>(x.sizes[2] / rotary.group_heads),
+      .all_turn = rotary.rotated_heads == rotary.group_heads,
+      .outer_counts = rotary.sequence_axis == 0,
+      .direction = rotary.backward ? -1.0f : 1.0f,
+      .split = {}};
 }
 
 }  // namespace
@@ -334,17 +354,18 @@ void run(const Rotary& rotary, Stream stream) {
                     "head parts of ", args.pairs,
                     " elements are no whole vectors of 16 bytes: one pair per access");
     }
-    const auto choose_width = [&]<bool interleaved, Apart which>() {
+    const auto choose_width = [&]<bool interleaved, Heading heading>() {
       if (aligned && fits) {
-        launch_rotary<device_type<T>, vector, interleaved, which>(args, stream);
+        launch_rotary<device_type<T>, vector, interleaved, heading>(args, stream);
       } else {
-        launch_rotary<device_type<T>, 1, interleaved, which>(args, stream);
+        launch_rotary<device_type<T>, 1, interleaved, heading>(args, stream);
       }
     };
     visit_bool(rotary.interleaved, [&]<bool interleaved>() {
-      if (!rotary.k) return choose_width.template operator()<interleaved, Apart::none>();
-      if (rotary.backward) return choose_width.template operator()<interleaved, Apart::x>();
-      choose_width.template operator()<interleaved, Apart::y>();
+      using enum Heading;
+      if (!rotary.k) return choose_width.template operator()<interleaved, packed>();
+      if (rotary.backward) return choose_width.template operator()<interleaved, from_apart>();
+      choose_width.template operator()<interleaved, to_apart>();
     });
   });
 }
