@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "redline/kernels/cuda/device/convert.cuh"
+#include "redline/kernels/cuda/device/vector.cuh"
 #include "redline/kernels/cuda/launch.h"
 
 namespace redline::cuda {
@@ -104,7 +104,7 @@ __device__ __forceinline__ void store_raw(void* data, int64_t offset, int64_t co
   using Element = typename RawOf<Bytes>::element;
   Element* to = static_cast<Element*>(data) + offset;
   if constexpr (Whole) {
-    *reinterpret_cast<Raw<Bytes>*>(to) = raw;
+    store_whole(to, raw);
     return;
   }
   const Element* from = reinterpret_cast<const Element*>(&raw);
