@@ -11,8 +11,34 @@ namespace redline {
 namespace {
 
 const char* name(const Rotary& args) {
+  if (args.second_x) return "rotary_pair";
   if (args.k) return "qkv_rotary_split";
   return args.group_heads > 1 ? "qkv_rotary" : "rotary";
+}
+
+void check_heads(const char* op, const char* tensor, const TensorView& x) {
+  REDLINE_CHECK(x.rank == 4 && is_floating(x.dtype), op, ": ", tensor,
+                ": expected [outer, inner, heads, head_dim] of a floating dtype, not ", x);
+  REDLINE_CHECK(x.strides[3] == 1 || x.sizes[3] <= 1 || x.numel() == 0, op, ": ", tensor,
+                ": expected an adjacent head_dim, not a stride of ", x.strides[3]);
+}
+
+void check_result(const char* op, const char* tensor, const TensorView& x, const TensorView& y) {
+  REDLINE_CHECK(y.rank == 4 && y.dtype == x.dtype && std::equal(x.sizes, x.sizes + 4, y.sizes), op,
+                ": ", tensor, ": expected ", x, ", not ", y);
+}
+
+// The second tensor against the first.
+void check_pair(const char* op, const Rotary& args) {
+  const TensorView &x = args.x, &second = args.second_x;
+  REDLINE_CHECK(!args.k && args.group_heads == 1, op, ": q: expected heads apart, not groups of ",
+                args.group_heads);
+  check_heads(op, "k", second);
+  REDLINE_CHECK(second.dtype == x.dtype && second.sizes[0] == x.sizes[0] &&
+                    second.sizes[1] == x.sizes[1] && second.sizes[3] == x.sizes[3],
+                op, ": k: expected [", x.sizes[0], ", ", x.sizes[1], ", heads, ", x.sizes[3], "] ",
+                x.dtype, ", not ", second);
+  check_result(op, "k's result", second, args.second_y);
 }
 
 // q's, k's and v's heads against those of the whole.
@@ -123,20 +149,17 @@ void check_boundaries(const Rotary& args) {
 
 void check(const Rotary& args) {
   const char* op = name(args);
-  const TensorView &x = args.x, &y = args.y;
-  REDLINE_CHECK(x.rank == 4 && is_floating(x.dtype), op,
-                ": x: expected [outer, inner, heads, head_dim] of a floating dtype, not ", x);
-  REDLINE_CHECK(x.strides[3] == 1 || x.sizes[3] <= 1 || x.numel() == 0, op,
-                ": x: expected an adjacent head_dim, not a stride of ", x.strides[3]);
+  const TensorView& x = args.x;
+  check_heads(op, args.second_x ? "q" : "x", x);
   const int64_t heads = whole(args).sizes[2];
   REDLINE_CHECK(args.group_heads >= 1 && heads % args.group_heads == 0, op,
                 ": x: expected heads in groups of ", args.group_heads, ", not ", heads);
   if (args.k) {
     check_apart(op, args);
   } else {
-    REDLINE_CHECK(y.rank == 4 && y.dtype == x.dtype && std::equal(x.sizes, x.sizes + 4, y.sizes),
-                  op, ": y: expected ", x, ", not ", y);
+    check_result(op, args.second_x ? "q's result" : "y", x, args.y);
   }
+  if (args.second_x) check_pair(op, args);
   check_tables(op, args);
   if (args.positions) {
     check_index(op, "positions", args.positions);
@@ -151,7 +174,7 @@ void check(const Rotary& args) {
                   ": cu_seqlens: expected [sequences + 1], not ", args.cu_seqlens);
   }
   const int64_t length = x.sizes[args.sequence_axis];
-  REDLINE_CHECK(args.positions || args.cu_seqlens || length <= args.cos.sizes[0] || x.numel() == 0,
+  REDLINE_CHECK(args.positions || args.cu_seqlens || length <= args.cos.sizes[0] || is_empty(args),
                 op, ": cos: expected at least ", length, " positions, not ", args.cos.sizes[0]);
 }
 
@@ -163,8 +186,12 @@ void check_positions(const Rotary& args) {
 
 void run(const Rotary& args, Range tokens) {
   const cpu::RotaryKernels& table = kernels();
+  Rotary second = args;
+  second.x = args.second_x;
+  second.y = args.second_y;
   for_tokens(args, tokens, [&](int64_t outer, int64_t inner, int64_t position) {
     table.rotate(args, outer, inner, position);
+    if (args.second_x) table.rotate(second, outer, inner, position);
   });
 }
 

@@ -26,6 +26,9 @@ struct Rotary {
   // Where they are given y (backward: x) has the q heads alone, and these have the last two heads
   // of each group: [outer, inner, groups, head_dim] as x is (backward: inputs, else out).
   TensorView k = {}, v = {};
+  // Where they are given, a second tensor's heads turn by the same tables and positions: x's sizes
+  // and dtype but for the heads. Heads are no groups then.
+  TensorView second_x = {}, second_y = {};
   int sequence_axis = 1;  // the axis of x that counts positions: 0 or 1
   int64_t group_heads = 1;
   int64_t rotated_heads = 1;
@@ -36,6 +39,15 @@ struct Rotary {
 // The side that has every head.
 inline const TensorView& whole(const Rotary& args) {
   return args.k && args.backward ? args.y : args.x;
+}
+
+inline bool is_empty(const Rotary& args) {
+  return whole(args).numel() == 0 && (!args.second_x || args.second_x.numel() == 0);
+}
+
+// Heads of a token.
+inline int64_t all_heads(const Rotary& args) {
+  return whole(args).sizes[2] + (args.second_x ? args.second_x.sizes[2] : 0);
 }
 
 // Throws Error where a shape or dtype does not fit.

@@ -66,6 +66,26 @@ TEST(Rotary, TakesPositionsAndRefusesOneOutsideTheTables) {
   EXPECT_THROW(check_positions(args), Error);
 }
 
+TEST(Rotary, TurnsASecondTensorsHeadsToo) {
+  for (bool backward : {false, true}) {
+    const Tensors tensors(DType::bfloat16, 16, 8), second(DType::bfloat16, 16, 8);
+    Rotary args = tensors.args();
+    args.group_heads = args.rotated_heads = 1;
+    args.backward = backward;
+    args.second_x = second.x;
+    args.second_y = second.y;
+    check(args);
+    run(args, Range{0, 10});
+    EXPECT_TRUE(tensors.y.is_finite());
+    EXPECT_TRUE(second.y.is_finite());
+    args.second_y = tensors.cos;
+    EXPECT_THROW(check(args), Error);
+    args.second_y = second.y;
+    args.group_heads = 3;
+    EXPECT_THROW(check(args), Error);
+  }
+}
+
 TEST(Rotary, ArgumentsThatDoNotFitAreRefused) {
   const Tensors tensors(DType::float32, 8, 8), wide(DType::float32, 16, 16);
   Rotary args = tensors.args();

@@ -17,7 +17,8 @@ namespace {
 // thread reads the tables too often (0.89 of a copy at 8 heads, two 0.92), four hold 30 registers
 // more (0.89).
 constexpr int threads = 128;
-constexpr int heads_per_thread = 2;  // 64 bytes in flight per thread
+constexpr int heads_per_thread = 2;    // 64 bytes in flight per thread
+constexpr int pair_blocks_per_sm = 8;  // 64 registers a thread; with nine it spills on sm_90a
 
 // int64 or int32 values.
 struct Index {
@@ -39,7 +40,7 @@ struct Split {
 };
 
 struct Args {
-  Heads x, y, k, v;
+  Heads x, y, k, v, second_x, second_y;
   const float *cos, *sin;
   int64_t cos_stride, sin_stride, table_rows;
   Index positions, cu_seqlens;
@@ -47,7 +48,7 @@ struct Args {
   int64_t tokens, columns;  // columns: the size of inner
   Divisor per_column;       // by `columns`, where the tokens are fewer than 2^31
   int heads, head_dim, pairs;
-  int first_heads;      // of q where q, k and v lie apart; k's and v's follow
+  int first_heads;      // of x, or of q where q, k and v lie apart; the other tensors' follow
   Divisor per_group;    // by the heads of a group
   Divisor per_queries;  // by the q heads of a group
   int group_heads, rotated_heads, groups;
@@ -167,8 +168,8 @@ __device__ __forceinline__ T* address(const Heads& heads, Token token) {
          token.inner * heads.inner_stride;
 }
 
-// How the heads lie: in groups on both sides; with q, k and v apart on one side.
-enum class Heading { packed, from_apart, to_apart };
+// How the heads lie: in groups on both sides; with q, k and v apart on one side; in two tensors.
+enum class Heading { packed, from_apart, to_apart, pair };
 
 // Where a head of a token is read and written, and whether it turns. Where q, k and v lie apart
 // the order is theirs, so that neighbours of a warp do the same.
@@ -187,6 +188,11 @@ __device__ __forceinline__ Head<T> head_at(const Args& args, Token token, int he
   if constexpr (H == Heading::packed) {
     const bool turns = args.all_turn || args.per_group.remainder(head) < args.rotated_heads;
     return {at(args.x, head), at(args.y, head), turns};
+  } else if constexpr (H == Heading::pair) {
+    const bool is_first = head < args.first_heads;
+    const int index = is_first ? head : head - args.first_heads;
+    return {at(is_first ? args.x : args.second_x, index),
+            at(is_first ? args.y : args.second_y, index), true};
   } else {
     const Heads& whole = H == Heading::from_apart ? args.y : args.x;
     const Heads& queries = H == Heading::from_apart ? args.x : args.y;
@@ -223,7 +229,8 @@ __device__ __forceinline__ void store_once(T* to, const Vector& value) {
 }
 
 template <typename T, int V, bool Interleaved, Heading H>
-__global__ void __launch_bounds__(threads) rotary_kernel(const Args args) {
+__global__ void __launch_bounds__(threads, H == Heading::pair ? pair_blocks_per_sm : 0)
+    rotary_kernel(const Args args) {
   using Vector = Packed<T, V>;
   const Split& split = args.split;
   const int chunk = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
@@ -282,12 +289,16 @@ Split split_of(const Args& args, int vector) {
           .block = dim3(chunk_lanes, head_lanes, token_lanes)};
 }
 
+constexpr const char* explained(Heading heading) {
+  if (heading == Heading::packed) return "";
+  return heading == Heading::pair ? " of two tensors" : "; q, k and v lie apart";
+}
+
 template <typename T, int V, bool Interleaved, Heading H>
 void launch_rotary(Args args, Stream stream) {
   args.split = split_of(args, V);
   const Split& split = args.split;
-  note_choice(V, " pairs a thread of ", args.heads, " heads",
-              H == Heading::packed ? "" : "; q, k and v lie apart");
+  note_choice(V, " pairs a thread of ", args.heads, " heads", explained(H));
   launch(rotary_kernel<T, V, Interleaved, H>,
          {.grid = dim3(ceil_div(args.tokens, split.block.z), ceil_div(split.chunks, split.block.x)),
           .block = split.block,
@@ -297,13 +308,16 @@ void launch_rotary(Args args, Stream stream) {
 
 Args args_of(const Rotary& rotary) {
   const TensorView& x = whole(rotary);
-  REDLINE_CHECK(x.sizes[2] < INT32_MAX / 2 && x.sizes[3] < INT32_MAX / 2,
+  const int64_t heads = all_heads(rotary);
+  REDLINE_CHECK(heads < INT32_MAX / 2 && x.sizes[3] < INT32_MAX / 2,
                 "rotary: x: expected fewer than 2^30 heads and elements of a head, not ", x);
   return {
       .x = heads_of(rotary.x),
       .y = heads_of(rotary.y),
       .k = heads_of(rotary.k),
       .v = heads_of(rotary.v),
+      .second_x = heads_of(rotary.second_x),
+      .second_y = heads_of(rotary.second_y),
       .cos = rotary.cos.as<const float>(),
       .sin = rotary.sin.as<const float>(),
       .cos_stride = rotary.cos.strides[0],
@@ -317,7 +331,7 @@ Args args_of(const Rotary& rotary) {
       .tokens = x.sizes[0] * x.sizes[1],
       .columns = x.sizes[1],
       .per_column = Divisor(static_cast<uint32_t>(std::min<int64_t>(x.sizes[1], INT32_MAX))),
-      .heads = static_cast<int>(x.sizes[2]),
+      .heads = static_cast<int>(heads),
       .head_dim = static_cast<int>(x.sizes[3]),
       .pairs = static_cast<int>(rotary.cos.sizes[1]),
       .first_heads = static_cast<int>(
@@ -338,12 +352,14 @@ Args args_of(const Rotary& rotary) {
 
 void run(const Rotary& rotary, Stream stream) {
   using namespace cuda;
-  if (whole(rotary).numel() == 0) return;
+  if (is_empty(rotary)) return;
   const Args args = args_of(rotary);
-  const bool aligned = are_aligned("rotary", {{"x", &rotary.x},
+  const bool aligned = are_aligned("rotary", {{rotary.second_x ? "q" : "x", &rotary.x},
                                               {"y", &rotary.y},
                                               {"k", &rotary.k},
                                               {"v", &rotary.v},
+                                              {"k", &rotary.second_x},
+                                              {"k", &rotary.second_y},
                                               {"cos", &rotary.cos},
                                               {"sin", &rotary.sin}});
   visit_dtype<float, bfloat16, float16>("rotary: x", rotary.x.dtype, [&]<typename T>() {
@@ -363,6 +379,7 @@ void run(const Rotary& rotary, Stream stream) {
     };
     visit_bool(rotary.interleaved, [&]<bool interleaved>() {
       using enum Heading;
+      if (rotary.second_x) return choose_width.template operator()<interleaved, pair>();
       if (!rotary.k) return choose_width.template operator()<interleaved, packed>();
       if (rotary.backward) return choose_width.template operator()<interleaved, from_apart>();
       choose_width.template operator()<interleaved, to_apart>();
