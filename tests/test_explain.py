@@ -87,6 +87,10 @@ CASES = {
     "residual_rms_norm": lambda d: ((normal(ROWS, COLS, device=d), *norm(d, 1)), {}),
     "rms_norm": lambda d: (norm(d, 1), {}),
     "rotary": lambda d: ((normal(2, 9, 4, 16, device=d), *tables(d)), {}),
+    "rotary_pair": lambda d: (
+        (normal(2, 9, 4, 16, device=d), normal(2, 9, 2, 16, device=d), *tables(d)),
+        {},
+    ),
     "scale_gradients": lambda d: (
         ([torch.ones(ROWS, COLS, device=d)], torch.tensor(0.5, device=d)),
         {},

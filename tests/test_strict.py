@@ -101,6 +101,12 @@ REFUSED = {
         lambda: ops.rotary(torch.ones(1, 2, 4, 3).mT, torch.ones(2, 2), torch.ones(2, 2)),
         f"rotary: x: sizes [1, 2, 3, 4] with strides [24, 12, 1, 3] {COPIED}",
     ),
+    "k's head_dim": (
+        lambda: ops.rotary_pair(
+            torch.ones(1, 2, 3, 4), torch.ones(1, 2, 4, 3).mT, torch.ones(2, 2), torch.ones(2, 2)
+        ),
+        f"rotary_pair: k: sizes [1, 2, 3, 4] with strides [24, 12, 1, 3] {COPIED}",
+    ),
     "table": (
         lambda: ops.rotary(torch.ones(1, 2, 3, 4), turned(2, 2), torch.ones(2, 2)),
         f"rotary: cos: sizes [2, 2] with strides [1, 2] {COPIED}",
@@ -217,6 +223,10 @@ NODES = {
     "softmax": (ops.softmax, (6, 8)),
     "rotary": (
         lambda x: ops.rotary(x, torch.ones(2, 4).to(x), torch.ones(2, 4).to(x)),
+        (1, 2, 3, 8),
+    ),
+    "rotary_pair": (
+        lambda x: ops.rotary_pair(x, x, torch.ones(2, 4).to(x), torch.ones(2, 4).to(x))[0],
         (1, 2, 3, 8),
     ),
     "qkv_rotary_split": (

@@ -89,6 +89,8 @@ def products(a, b):
 def heads(dtype):
     cos, sin = draw(40, 16, dtype=torch.float32), draw(40, 16, dtype=torch.float32)
     both(lambda x: ops.rotary(x, cos, sin), draw(2, 33, 3, 64, dtype=dtype))
+    q, k = draw(2, 33, 5, 64, dtype=dtype), draw(2, 33, 2, 64, dtype=dtype)
+    both(lambda a, b: ops.rotary_pair(a, b, cos, sin), q, k)
     for op in (ops.qkv_rotary, ops.qkv_rotary_split):
         both(lambda x, op=op: op(x, cos, sin, 4, 2), draw(2, 33, 8 * 32, dtype=dtype))
     weight, x = draw(24, 40, dtype=dtype), draw(7, 40, dtype=dtype)

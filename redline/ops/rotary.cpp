@@ -16,6 +16,7 @@ using torch::autograd::variable_list;
 
 using Inputs = RotaryInputs;
 using Packing = RotaryPacking;
+using enum RotaryForm;
 
 Packing packing_of(int64_t heads, int64_t kv_heads, const char* op = "qkv_rotary") {
   TORCH_CHECK(kv_heads >= 1 && heads >= 1, op,
@@ -41,7 +42,16 @@ Tensor turn_qkv(const Tensor& qkv, const Tensor& cos, const Tensor& sin, int64_t
                 int64_t kv_heads, const OptionalTensor& positions, const OptionalTensor& cu_seqlens,
                 bool interleaved, std::string_view layout) {
   const Packing packing = packing_of(heads, kv_heads);
-  return rotate(qkv, {cos, sin, positions, cu_seqlens, layout, packing, interleaved}, backward);
+  return rotate(qkv, {cos, sin, positions, cu_seqlens, layout, packing, interleaved, packed},
+                backward);
+}
+
+template <bool backward>
+QueryAndKey turn_pair(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
+                      const OptionalTensor& positions, const OptionalTensor& cu_seqlens,
+                      bool interleaved, std::string_view layout) {
+  return rotate_pair(q, k, {cos, sin, positions, cu_seqlens, layout, {}, interleaved, pair},
+                     backward);
 }
 
 QueryKeyValue split_qkv(const Tensor& qkv, const Tensor& cos, const Tensor& sin, int64_t heads,
@@ -49,7 +59,7 @@ QueryKeyValue split_qkv(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
                         const OptionalTensor& cu_seqlens, bool interleaved,
                         std::string_view layout) {
   const Packing packing = packing_of(heads, kv_heads, split_name);
-  return rotate_apart(qkv, {cos, sin, positions, cu_seqlens, layout, packing, interleaved, true});
+  return rotate_apart(qkv, {cos, sin, positions, cu_seqlens, layout, packing, interleaved, apart});
 }
 
 Tensor join_qkv(const Tensor& q_grad, const Tensor& k_grad, const Tensor& v_grad, const Tensor& cos,
@@ -57,7 +67,7 @@ Tensor join_qkv(const Tensor& q_grad, const Tensor& k_grad, const Tensor& v_grad
                 const OptionalTensor& cu_seqlens, bool interleaved, std::string_view layout) {
   const Packing packing = packing_of(heads, kv_heads, split_name);
   return rotate_together({q_grad, k_grad, v_grad},
-                         {cos, sin, positions, cu_seqlens, layout, packing, interleaved, true});
+                         {cos, sin, positions, cu_seqlens, layout, packing, interleaved, apart});
 }
 
 // Through the dispatcher, so that tracing sees the inner ops.
@@ -75,6 +85,14 @@ Tensor call(const Tensor& x, const Inputs& in, bool backward) {
   static const auto backward_op = find_op<Signature>("redline::rotary_backward");
   return (backward ? backward_op : forward_op)
       .call(x, in.cos, in.sin, in.positions, in.cu_seqlens, in.interleaved, in.layout);
+}
+
+QueryAndKey call_pair(const Tensor& q, const Tensor& k, const Inputs& in, bool backward) {
+  using Signature = decltype(turn_pair<false>);
+  static const auto forward_op = find_op<Signature>("redline::rotary_pair_forward");
+  static const auto backward_op = find_op<Signature>("redline::rotary_pair_backward");
+  return (backward ? backward_op : forward_op)
+      .call(q, k, in.cos, in.sin, in.positions, in.cu_seqlens, in.interleaved, in.layout);
 }
 
 QueryKeyValue call_split(const Tensor& qkv, const Inputs& in) {
@@ -97,7 +115,6 @@ void keep(AutogradContext* ctx, const Inputs& in) {
   ctx->saved_data["heads"] = in.packing.heads;
   ctx->saved_data["kv_heads"] = in.packing.kv_heads;
   ctx->saved_data["interleaved"] = in.interleaved;
-  ctx->saved_data["split"] = in.split;
 }
 
 // The layout's text stays ctx's.
@@ -109,8 +126,7 @@ Inputs kept(AutogradContext* ctx) {
           optional(saved[3]),
           ctx->saved_data["layout"].toStringRef(),
           {ctx->saved_data["heads"].toInt(), ctx->saved_data["kv_heads"].toInt()},
-          ctx->saved_data["interleaved"].toBool(),
-          ctx->saved_data["split"].toBool()};
+          ctx->saved_data["interleaved"].toBool()};
 }
 
 struct RotaryFunction {
@@ -124,6 +140,33 @@ struct RotaryFunction {
     const Inputs in = kept(ctx);
     const BelowAutograd below(grads);
     return {call(grads[0], in, /*backward=*/true), Tensor()};
+  }
+};
+
+struct PairFunction {
+  static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k,
+                               const Inputs& in) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    keep(ctx, in);
+    ctx->set_materialize_grads(false);
+    const auto [q_turned, k_turned] = call_pair(q, k, in, /*backward=*/false);
+    if (!q.requires_grad()) ctx->mark_non_differentiable({q_turned});
+    if (!k.requires_grad()) ctx->mark_non_differentiable({k_turned});
+    return {q_turned, k_turned};
+  }
+
+  // Of one alone where the other has no gradient or needs none.
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Inputs in = kept(ctx);
+    const BelowAutograd below(grads);
+    const bool of_q = grads[0].defined() && ctx->needs_input_grad(0);
+    const bool of_k = grads[1].defined() && ctx->needs_input_grad(1);
+    if (of_q && of_k) {
+      const auto [q_grad, k_grad] = call_pair(grads[0], grads[1], in, /*backward=*/true);
+      return {q_grad, k_grad, Tensor()};
+    }
+    return {of_q ? call(grads[0], in, /*backward=*/true) : Tensor(),
+            of_k ? call(grads[1], in, /*backward=*/true) : Tensor(), Tensor()};
   }
 };
 
@@ -154,6 +197,12 @@ Tensor differentiable(const Tensor& x, const Inputs& in) {
   return StrictNode<RotaryFunction>::apply(x, in);
 }
 
+QueryAndKey differentiable_pair(const Tensor& q, const Tensor& k, const Inputs& in) {
+  check_tables(in);
+  const variable_list turned = StrictNode<PairFunction>::apply(q, k, in);
+  return {turned[0], turned[1]};
+}
+
 QueryKeyValue differentiable_split(const Tensor& qkv, const Inputs& in) {
   check_tables(in);
   const variable_list parts = StrictNode<SplitFunction>::apply(qkv, in);
@@ -164,28 +213,38 @@ Tensor without_derivative(const Tensor& x, const Inputs& in) {
   return rotate(x, in, /*backward=*/false);
 }
 
-// The public ops over `apply` and `apply_split`.
-template <auto apply, auto apply_split>
+QueryAndKey pair_without_derivative(const Tensor& q, const Tensor& k, const Inputs& in) {
+  return rotate_pair(q, k, in, /*backward=*/false);
+}
+
+// The public ops over a function for each kind of result.
+template <auto apply, auto apply_pair, auto apply_split>
 struct Public {
   static Tensor x(const Tensor& x, const Tensor& cos, const Tensor& sin,
                   const OptionalTensor& positions, bool interleaved, std::string_view layout,
                   const OptionalTensor& cu_seqlens) {
     return apply(x, {cos, sin, positions, cu_seqlens, layout, {}, interleaved});
   }
+  static QueryAndKey q_and_k(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
+                             const OptionalTensor& positions, bool interleaved,
+                             std::string_view layout, const OptionalTensor& cu_seqlens) {
+    return apply_pair(q, k, {cos, sin, positions, cu_seqlens, layout, {}, interleaved, pair});
+  }
   static Tensor qkv(const Tensor& qkv, const Tensor& cos, const Tensor& sin, int64_t heads,
                     int64_t kv_heads, const OptionalTensor& positions, bool interleaved,
                     std::string_view layout, const OptionalTensor& cu_seqlens) {
     const Packing packing = packing_of(heads, kv_heads);
-    return apply(qkv, {cos, sin, positions, cu_seqlens, layout, packing, interleaved});
+    return apply(qkv, {cos, sin, positions, cu_seqlens, layout, packing, interleaved, packed});
   }
   static QueryKeyValue split(const Tensor& qkv, const Tensor& cos, const Tensor& sin, int64_t heads,
                              int64_t kv_heads, const OptionalTensor& positions, bool interleaved,
                              std::string_view layout, const OptionalTensor& cu_seqlens) {
     const Packing packing = packing_of(heads, kv_heads, split_name);
-    return apply_split(qkv, {cos, sin, positions, cu_seqlens, layout, packing, interleaved, true});
+    return apply_split(qkv, {cos, sin, positions, cu_seqlens, layout, packing, interleaved, apart});
   }
   static void implement(torch::Library& m) {
     m.impl("rotary", x);
+    m.impl("rotary_pair", q_and_k);
     m.impl("qkv_rotary", qkv);
     m.impl("qkv_rotary_split", split);
   }
@@ -194,6 +253,8 @@ struct Public {
 void implement_inner(torch::Library& m) {
   m.impl("rotary_forward", turn<false>);
   m.impl("rotary_backward", turn<true>);
+  m.impl("rotary_pair_forward", turn_pair<false>);
+  m.impl("rotary_pair_backward", turn_pair<true>);
   m.impl("qkv_rotary_forward", turn_qkv<false>);
   m.impl("qkv_rotary_backward", turn_qkv<true>);
   m.impl("qkv_rotary_split_forward", split_qkv);
@@ -207,6 +268,13 @@ Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
               const OptionalTensor& cu_seqlens) {
   static const auto op = find_op<decltype(rotary)>("redline::rotary");
   return op.call(x, cos, sin, positions, interleaved, layout, cu_seqlens);
+}
+
+QueryAndKey rotary_pair(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
+                        const OptionalTensor& positions, bool interleaved, std::string_view layout,
+                        const OptionalTensor& cu_seqlens) {
+  static const auto op = find_op<decltype(rotary_pair)>("redline::rotary_pair");
+  return op.call(q, k, cos, sin, positions, interleaved, layout, cu_seqlens);
 }
 
 Tensor qkv_rotary(const Tensor& qkv, const Tensor& cos, const Tensor& sin, int64_t heads,
@@ -239,6 +307,17 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
       "rotary_backward(Tensor y_grad, Tensor cos, Tensor sin, Tensor? positions, "
       "Tensor? cu_seqlens, bool interleaved, str layout) -> Tensor");
   m.def(
+      "rotary_pair(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions=None, "
+      "bool interleaved=False, str layout=\"bshd\", *, Tensor? cu_seqlens=None) "
+      "-> (Tensor q_turned, Tensor k_turned)");
+  m.def(
+      "rotary_pair_forward(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions, "
+      "Tensor? cu_seqlens, bool interleaved, str layout) -> (Tensor q_turned, Tensor k_turned)");
+  m.def(
+      "rotary_pair_backward(Tensor q_turned_grad, Tensor k_turned_grad, Tensor cos, Tensor sin, "
+      "Tensor? positions, Tensor? cu_seqlens, bool interleaved, str layout) "
+      "-> (Tensor q_grad, Tensor k_grad)");
+  m.def(
       "qkv_rotary_forward(Tensor qkv, Tensor cos, Tensor sin, int heads, int kv_heads, "
       "Tensor? positions, Tensor? cu_seqlens, bool interleaved, str layout) -> Tensor");
   m.def(
@@ -259,12 +338,14 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
 }
 
 const Registration registration({
-    .public_ops = {"rotary", "qkv_rotary", "qkv_rotary_split"},
-    .inner_ops = {"rotary_forward", "rotary_backward", "qkv_rotary_forward", "qkv_rotary_backward",
+    .public_ops = {"rotary", "rotary_pair", "qkv_rotary", "qkv_rotary_split"},
+    .inner_ops = {"rotary_forward", "rotary_backward", "rotary_pair_forward",
+                  "rotary_pair_backward", "qkv_rotary_forward", "qkv_rotary_backward",
                   "qkv_rotary_split_forward", "qkv_rotary_split_backward"},
     .inner = implement_inner,
-    .without_derivative = Public<without_derivative, rotate_apart>::implement,
-    .differentiable = Public<differentiable, differentiable_split>::implement,
+    .without_derivative =
+        Public<without_derivative, pair_without_derivative, rotate_apart>::implement,
+    .differentiable = Public<differentiable, differentiable_pair, differentiable_split>::implement,
 });
 
 }  // namespace redline::ops

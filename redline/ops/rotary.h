@@ -1,4 +1,4 @@
-// Rotary position embedding of x, or of the q and k inside packed q, k and v (formulas:
+// Rotary position embedding of x, of q and k, or of the q and k inside packed q, k and v (formulas:
 // kernels/rotary.h). cos and sin are float32 [positions, rotary_dim / 2], rotary_dim at most
 // head_dim. Kept for backward: the tables and the positions. Refuses what does not fit with
 // redline::Error or c10::Error before any memory is touched.
@@ -16,6 +16,15 @@ at::Tensor rotary(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& 
                   std::string_view layout = "bshd",
                   const std::optional<at::Tensor>& cu_seqlens = {});
 
+// The same of q and k [..., heads, head_dim] in one launch: sizes and dtype of both are the same
+// but for the heads.
+std::tuple<at::Tensor, at::Tensor> rotary_pair(const at::Tensor& q, const at::Tensor& k,
+                                               const at::Tensor& cos, const at::Tensor& sin,
+                                               const std::optional<at::Tensor>& positions = {},
+                                               bool interleaved = false,
+                                               std::string_view layout = "bshd",
+                                               const std::optional<at::Tensor>& cu_seqlens = {});
+
 // qkv: as x with the last two axes packed: per key head, its q heads, then k, then v. Returns the
 // same packing with q and k turned and v copied.
 at::Tensor qkv_rotary(const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin,
@@ -24,7 +33,7 @@ at::Tensor qkv_rotary(const at::Tensor& qkv, const at::Tensor& cos, const at::Te
                       std::string_view layout = "bshd",
                       const std::optional<at::Tensor>& cu_seqlens = {});
 
-// The same, with q [..., heads, head_dim] and k and v [..., kv_heads, head_dim] written apart,
+// qkv_rotary with q [..., heads, head_dim] and k and v [..., kv_heads, head_dim] written apart,
 // where attention reads them: nothing is copied in between, nor are their gradients in backward.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> qkv_rotary_split(
     const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin, int64_t heads,

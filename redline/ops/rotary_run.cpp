@@ -104,8 +104,8 @@ void run_rotary(const Tensor& like, Rotary args, const RotaryInputs& in) {
   args.interleaved = in.interleaved;
   if (run_on_cuda(like, args)) return;
   check_positions(args);
-  const TensorView& all = whole(args);
-  parallel_ranges(all.sizes[0] * all.sizes[1], rows_per_task(all.sizes[2] * all.sizes[3]), "tokens",
+  const int64_t* sizes = args.x.sizes;
+  parallel_ranges(sizes[0] * sizes[1], rows_per_task(all_heads(args) * sizes[3]), "tokens",
                   [&](Range range) { run(args, range); });
 }
 
@@ -121,6 +121,26 @@ Tensor rotate(const Tensor& x, const RotaryInputs& in, bool backward) {
       .x = view_tokens(source, in, packed), .y = view_tokens(y, in, packed), .backward = backward};
   run_rotary(x, args, in);
   return y;
+}
+
+QueryAndKey rotate_pair(const Tensor& q, const Tensor& k, const RotaryInputs& in, bool backward) {
+  const char* q_name = backward ? "q_turned_grad" : "q";
+  const char* k_name = backward ? "k_turned_grad" : "k";
+  check_inputs(q, in);
+  check_rank(k, k_name, in, /*packed_axes=*/0);
+  TORCH_CHECK(k.scalar_type() == q.scalar_type(), in.op(), ": ", k_name, ": expected ",
+              q.scalar_type(), ", as q is, not ", k.scalar_type());
+  check_devices(in.op(), q, {{k_name, k}});
+  Tensor q_turned = empty_contiguous(q), k_turned = empty_contiguous(k);
+  if (q.is_meta()) return {q_turned, k_turned};
+  const Tensor q_source = adjacent(in.op(), q_name, q), k_source = adjacent(in.op(), k_name, k);
+  const Rotary args{.x = view_tokens(q_source, in, /*packed=*/false),
+                    .y = view_tokens(q_turned, in, /*packed=*/false),
+                    .second_x = view_tokens(k_source, in, /*packed=*/false),
+                    .second_y = view_tokens(k_turned, in, /*packed=*/false),
+                    .backward = backward};
+  run_rotary(q, args, in);
+  return {q_turned, k_turned};
 }
 
 QueryKeyValue rotate_apart(const Tensor& qkv, const RotaryInputs& in) {

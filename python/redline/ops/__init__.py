@@ -23,7 +23,7 @@ from redline.ops.norm import (
     rms_norm,
 )
 from redline.ops.norm_linear import norm_linear, norm_mlp
-from redline.ops.rotary import qkv_rotary, qkv_rotary_split, rotary
+from redline.ops.rotary import qkv_rotary, qkv_rotary_split, rotary, rotary_pair
 from redline.ops.softmax import softmax
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "residual_rms_norm",
     "rms_norm",
     "rotary",
+    "rotary_pair",
     "scale_gradients",
     "softmax",
 ]

@@ -1,4 +1,4 @@
-"""Rotary position embedding of one tensor, or of q and k inside packed q, k and v."""
+"""Rotary position embedding of one tensor, of q and k, or of q and k inside packed q, k and v."""
 
 import torch
 from torch import Tensor
@@ -38,6 +38,31 @@ def rotary(
              [[0., 1.]]]])
     """
     return _ops.rotary(x, cos, sin, positions, interleaved, layout, cu_seqlens=cu_seqlens)
+
+
+def rotary_pair(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    interleaved: bool = False,
+    layout: str = "bshd",
+    *,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`rotary` of q and of k in one launch, forward and backward, with the bits of two calls.
+
+    q, k: as x in `rotary`, of one dtype, with the same sizes but for the heads, each of any
+    strides. Everything else is as there, and so are the errors. Where one of them needs no
+    gradient, or its result gets none, backward turns the other alone.
+
+    >>> one = torch.ones(1, 1)
+    >>> rotary_pair(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 2), 0 * one, one)
+    (tensor([[[[-1.,  1.],
+              [-1.,  1.]]]]), tensor([[[[-1.,  1.]]]]))
+    """
+    return _ops.rotary_pair(q, k, cos, sin, positions, interleaved, layout, cu_seqlens=cu_seqlens)
 
 
 def qkv_rotary(
