@@ -28,9 +28,8 @@ def tables(seq, head_dim, device):
 
 
 def q_and_k(cos, sin, wide):
-    """Two launches of ours, a tensor each."""
     return {
-        "redline": lambda q, k: (ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)),
+        "redline": lambda q, k: ops.rotary_pair(q, k, cos, sin),
         "eager": lambda q, k: (rotate_half(q, *wide), rotate_half(k, *wide)),
     }
 
