@@ -53,14 +53,14 @@ AttentionImpl::Heads AttentionImpl::split(const Tensor& qkv) const {
 AttentionImpl::Heads AttentionImpl::rotate(const Tensor& qkv, const Packing& packing) {
   const std::string layout = packing.cu_seqlens ? "thd" : "bshd";
   if (tables_.cos.defined()) tables_.place(qkv.device());
-  const auto turn = [&](const Tensor& x) {
-    if (!tables_.cos.defined()) return x;
-    return ops::rotary(x, tables_.cos, tables_.sin, packing.positions, /*interleaved=*/false,
-                       layout, packing.cu_seqlens);
-  };
   if (q_norm) {
     const Heads heads = split(qkv);
-    return {.q = turn(q_norm(heads.q)), .k = turn(k_norm(heads.k)), .v = heads.v};
+    const Tensor q = q_norm(heads.q), k = k_norm(heads.k);
+    if (!tables_.cos.defined()) return {.q = q, .k = k, .v = heads.v};
+    const auto [q_turned, k_turned] =
+        ops::rotary_pair(q, k, tables_.cos, tables_.sin, packing.positions,
+                         /*interleaved=*/false, layout, packing.cu_seqlens);
+    return {.q = q_turned, .k = k_turned, .v = heads.v};
   }
   if (!tables_.cos.defined()) return split(qkv);
   const auto [q, k, v] = ops::qkv_rotary_split(qkv, tables_.cos, tables_.sin, options.heads,

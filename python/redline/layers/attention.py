@@ -101,10 +101,7 @@ class Attention(torch.nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
             if rotary is not None:
                 cos, sin = rotary(qkv)
-                q, k = (
-                    ops.rotary(q, cos, sin, **where),
-                    ops.rotary(k, cos, sin, **where),
-                )
+                q, k = ops.rotary_pair(q, k, cos, sin, **where)
             return q, k, v
         if rotary is not None:
             cos, sin = rotary(qkv)
