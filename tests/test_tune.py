@@ -103,7 +103,8 @@ def test_every_part_that_is_known_is_swapped(name):
         assert parts == {"ops.layer_norm": 5, "ops.activation": 2}
     else:
         norm, norms, mlp, tables = BECOMES[name]
-        assert parts == {norm: norms, mlp: 2, "ops.rotary": 2, **({tables: 1} if tables else {})}
+        once = {tables: 1} if tables else {}
+        assert parts == {norm: norms, mlp: 2, "ops.rotary_pair": 2, **once}
     assert model.loss_function is cross_entropy.causal_lm_loss
 
 

@@ -179,7 +179,7 @@ def test_compile_without_a_graph_break_gives_what_eager_gives(name, device):
         same(compiled, eager)
     else:  # the backward of torch's attention gives other bits in every run
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
-    assert targets.count("redline.rotary") == (0 if name == "gpt2" else 4)
+    assert targets.count("redline.rotary_pair") == (0 if name == "gpt2" else 2)
     assert targets.count("redline.cross_entropy") == 1
 
 
@@ -188,7 +188,7 @@ def test_export_holds_the_tuned_parts():
     inputs = {key: batch()[key] for key in ("input_ids", "attention_mask")} | {"use_cache": False}
     program = torch.export.export(model, (), inputs, strict=False)
     assert torch.equal(program.module()(**inputs).logits, model(**inputs).logits)
-    assert sum("redline.rotary" in str(node.target) for node in program.graph.nodes) == 4
+    assert sum("redline.rotary_pair" in str(node.target) for node in program.graph.nodes) == 2
 
 
 def test_trainer_learns_as_with_stock(tmp_path):

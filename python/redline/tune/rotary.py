@@ -1,4 +1,4 @@
-"""Rotary embedding: each of q and k in one pass, and tables that are not rounded to 16 bits."""
+"""Rotary embedding: q and k in one pass, and tables that are not rounded to 16 bits."""
 
 import inspect
 from functools import partial, update_wrapper
@@ -34,21 +34,21 @@ FLOAT32_TABLES = ("a6faf1c1b0e4", "630c3e397431", "abae4e6afd45", "388cbdaf38b6"
 
 
 def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
-    """transformers' function of that name by redline.ops.rotary, in float32, rounded once.
+    """transformers' function of that name by redline.ops.rotary_pair, in float32, rounded once.
 
     q, k: [batch, heads, seq, head_dim], or [batch, seq, heads, head_dim] with `unsqueeze_dim` 2.
-    cos, sin: [1 or batch, seq, rotary_dim] with equal halves. Returns q's and k's dtypes.
+    cos, sin: [1 or batch, seq, rotary_dim] with equal halves. Returns q's and k's dtype.
     """
     half = cos.shape[-1] // 2
     tables = [table.flatten(0, 1)[:, :half].float() for table in (cos, sin)]
-    rotated = []
-    for x in (q, k):
-        x = x.transpose(1, 2) if unsqueeze_dim == 1 else x
-        # One table row per token where sequences differ: they become one long sequence.
-        y = x if cos.shape[0] == 1 else x.flatten(0, 1).unsqueeze(0)
-        y = ops.rotary(y, *tables).view(x.shape)
-        rotated.append(y.transpose(1, 2) if unsqueeze_dim == 1 else y)
-    return tuple(rotated)
+    by_token = [x.transpose(1, 2) if unsqueeze_dim == 1 else x for x in (q, k)]
+    # One table row per token where sequences differ: they become one long sequence.
+    one_long = cos.shape[0] != 1
+    turned = ops.rotary_pair(
+        *(x.flatten(0, 1).unsqueeze(0) if one_long else x for x in by_token), *tables
+    )
+    turned = (y.view(x.shape) for x, y in zip(by_token, turned, strict=True))
+    return tuple(y.transpose(1, 2) if unsqueeze_dim == 1 else y for y in turned)
 
 
 def without_kernels(function):
@@ -88,7 +88,7 @@ def rebound(function, name: str, value):
 class RotaryAttention(Tuned):
     """The stock forward itself, with another function under the name of its rotary embedding."""
 
-    op = "ops.rotary"
+    op = "ops.rotary_pair"
 
     @classmethod
     def recognises(cls, stock):
