@@ -15,11 +15,21 @@ COLOURS = {
     "index_add": "#d9b8c4",
 }
 OURS = "#c1121f"
+MOST = 1.3  # of redline: what lies beyond is drawn at the edge, with its number
 
 
 def shares(row):
-    """The floor over each variant's time: what `of_redline` is for ours."""
-    return {name: row["floor_us"] / time for name, time in row["rivals"].items()}
+    """The floor over each rival's time: what `of_redline` is for ours. The steps of a floor, such
+    as bare products, are none."""
+    times = row["rivals"].items()
+    return {name: row["floor_us"] / time for name, time in times if name in COLOURS}
+
+
+def dot(axes, share, place, *, color, small, **style):
+    face = "none" if small else color
+    axes.plot(min(share, MOST), place, color=color, markerfacecolor=face, **style)
+    if share > MOST:
+        axes.annotate(f"{share:.1f} ", (MOST, place), ha="right", va="center", fontsize=7)
 
 
 def panel(axes, rows, names):
@@ -29,14 +39,12 @@ def panel(axes, rows, names):
     for row in rows:
         small = row["floor_us"] < SMALL_US
         place = names.index(row["name"])
-        for offset, (rival, share) in enumerate(shares(row).items(), 1):
-            colour = COLOURS.get(rival, "#444444")
-            face = "none" if small else colour
-            spot = place + 0.6 * offset / (len(row["rivals"]) + 1)
-            axes.plot(share, spot, "o", markersize=3, color=colour, markerfacecolor=face)
-        face = "none" if small else OURS
-        axes.plot(row["of_redline"], place, "D", markersize=4.5, color=OURS, markerfacecolor=face)
-    axes.set_xlim(0, max([1.2, *(row["of_redline"] + 0.05 for row in rows)]))
+        theirs = shares(row)
+        for offset, (rival, share) in enumerate(theirs.items(), 1):
+            spot = place + 0.6 * offset / (len(theirs) + 1)
+            dot(axes, share, spot, color=COLOURS[rival], marker="o", markersize=3, small=small)
+        dot(axes, row["of_redline"], place, color=OURS, marker="D", markersize=4.5, small=small)
+    axes.set_xlim(0, MOST + 0.02)
     axes.set_ylim(len(names) - 0.2, -1.4)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.grid(axis="both", color="#e6e6e6", linewidth=0.6)
@@ -49,8 +57,7 @@ def legend(figure, rivals):
 
     marks = [Line2D([], [], marker="D", linestyle="", color=OURS, label="Redline")]
     for rival in rivals:
-        colour = COLOURS.get(rival, "#444444")
-        marks.append(Line2D([], [], marker="o", linestyle="", color=colour, label=rival))
+        marks.append(Line2D([], [], marker="o", linestyle="", color=COLOURS[rival], label=rival))
     hollow = {"marker": "D", "linestyle": "", "color": OURS, "markerfacecolor": "none"}
     marks.append(Line2D([], [], **hollow, label=f"floor under {SMALL_US:.0f} µs"))
     figure.legend(handles=marks, loc="upper center", ncols=len(marks), frameon=False, fontsize=9)
@@ -67,7 +74,7 @@ def draw(source, target=None):
 
     result = json.loads(pathlib.Path(source).read_text())
     names = list(dict.fromkeys(row["name"] for row in result["rows"]))
-    rivals = list(dict.fromkeys(name for row in result["rows"] for name in row["rivals"]))
+    rivals = list(dict.fromkeys(name for row in result["rows"] for name in shares(row)))
     figure, axes = pyplot.subplots(1, 2, sharey=True, figsize=(12, 1.6 + 0.27 * len(names)))
     for side, title in zip(axes, ("forward, and one-way ops", "backward, or both ways together")):
         forward = side is axes[0]
