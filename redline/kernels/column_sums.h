@@ -46,12 +46,14 @@ inline constexpr int64_t column_blocks = 3, activation_column_blocks = 4, gated_
 
 // Chunks of 256 columns for so many blocks on each of the 132 multiprocessors of an H100, which all
 // run at once, or for a whole number of times as many where that leaves 64 rows or more for each;
-// 32 rows at least. Constants, not questions to the device: the order of the sum must not change
-// from one GPU to the next. (H100, of a copy: activation 8192 x 4096 with 33, 66, 132 chunks 0.91,
-// 0.92, 0.93; dropout 16384 x 4096 with 48, 96, 256 chunks 0.87, 0.90, 0.92.)
+// 32 rows at least, and no more than 4096 where once is not: the chunks are a grid's second
+// dimension, 65535 at most. Constants, not questions to the device: the order of the sum must not
+// change from one GPU to the next. (H100, of a copy: activation 8192 x 4096 with 33, 66, 132 chunks
+// 0.91, 0.92, 0.93; dropout 16384 x 4096 with 48, 96, 256 chunks 0.87, 0.90, 0.92.)
 inline int64_t column_chunks(int64_t rows, int64_t cols, int64_t blocks) {
   const int64_t once = std::max<int64_t>(1, 132 * blocks * 256 / std::max<int64_t>(256, cols));
-  const int64_t times = std::max<int64_t>(1, rows / (64 * once));
+  const int64_t most = std::max<int64_t>(1, 4096 / once);
+  const int64_t times = std::clamp<int64_t>(rows / (64 * once), 1, most);
   return std::clamp<int64_t>(rows / 32, 1, times * once);
 }
 }  // namespace cuda

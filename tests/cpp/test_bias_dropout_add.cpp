@@ -78,5 +78,18 @@ TEST(BiasDropoutAdd, ArgumentsThatDoNotFitAreRefused) {
   EXPECT_THROW(check(args), Error);
 }
 
+TEST(ColumnSums, ChunksOnCudaFitAGridsSecondDimension) {
+  for (const int64_t rows : {int64_t{1}, int64_t{40}, int64_t{1} << 23, int64_t{1} << 31}) {
+    for (const int64_t cols : {1, 64, 4096, 1 << 20}) {
+      for (const int64_t blocks : {2, 3, 4}) {
+        const int64_t chunks = cuda::column_chunks(rows, cols, blocks);
+        EXPECT_GE(chunks, 1);
+        EXPECT_LE(chunks, 65535);
+        EXPECT_GE(chunks * ((rows + chunks - 1) / chunks), rows);
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace redline
