@@ -12,8 +12,10 @@ from redline import ops
 from tolerance import assert_close
 
 NORMS = ["rms_norm", "layer_norm"]
-# A width for each way in which threads share a row, and rows enough for several per block.
-TILES = [(5, 504), (5, 1016), (600, 2048), (300, 4096), (520, 4100), (5, 8184), (3, 16384)]
+# A width for each way in which threads share a row, and rows enough for several per block. Up to
+# 512 rows CUDA's backward has another kernel (norm/few_rows.cu).
+TILES = [(5, 504), (5, 1016), (300, 4096), (520, 64), (520, 127), (520, 200), (520, 255)]
+TILES += [(520, 1001), (600, 2048), (520, 4100), (5, 8184), (3, 16384)]
 
 
 def parameters(norm, cols, dtype, device):
@@ -73,7 +75,11 @@ def test_backward(norm, case, dtype, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("case", [(5, 255), (3, 4097), (2, 20000)], ids=cases.name)
+@pytest.mark.parametrize(
+    "case",
+    [(5, 255), (3, 4097), (2, 20000), (520, 128), (520, 255), (520, 1001)],
+    ids=cases.name,
+)
 @pytest.mark.parametrize("norm", NORMS)
 def test_residual_has_the_bits_of_norm_of_the_sum(norm, case, dtype, device):
     x = randn(*case, dtype=dtype, device=device)
@@ -97,14 +103,19 @@ def test_residual_has_the_bits_of_norm_of_the_sum(norm, case, dtype, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("cols", [1, 128, 255, 1016, 4097, 8184, 16384, 140000])
+@pytest.mark.parametrize(
+    ("rows", "cols"),
+    [(5, cols) for cols in (1, 128, 255, 1016, 4097, 8184, 16384, 140000)]
+    + [(520, cols) for cols in (128, 255, 1016, 4097)],
+)
 @pytest.mark.parametrize("norm", NORMS)
-def test_backward_rebuilds_the_output(norm, cols, dtype, device):
+def test_backward_rebuilds_the_output(norm, rows, cols, dtype, device):
     """forward's y out of backward's kernel, with its bits, beside gradients with theirs."""
     inner = torch.ops.redline
     for aligned in (True, False):
         x, y_grad, sum_grad = (
-            randn(5, cols + 1, dtype=dtype, device=device, seed=seed)[:, 1:] for seed in (1, 2, 3)
+            randn(rows, cols + 1, dtype=dtype, device=device, seed=seed)[:, 1:]
+            for seed in (1, 2, 3)
         )
         if aligned:
             x, y_grad, sum_grad = (tensor.contiguous() for tensor in (x, y_grad, sum_grad))
@@ -123,11 +134,12 @@ def test_backward_rebuilds_the_output(norm, cols, dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [6, 520])
 @pytest.mark.parametrize("norm", NORMS)
-def test_mixed_dtypes(norm, device):
+def test_mixed_dtypes(norm, rows, device):
     """bf16 x with float32 parameters, and a float32 residual under bf16 x."""
-    x = randn(6, 300, dtype=torch.bfloat16, device=device)
-    residual = randn(6, 300, dtype=torch.float32, device=device, seed=3)
+    x = randn(rows, 300, dtype=torch.bfloat16, device=device)
+    residual = randn(rows, 300, dtype=torch.float32, device=device, seed=3)
     extra = parameters(norm, 300, torch.float32, device)
     outs, grads, upstreams = contract.gradients(
         getattr(ops, f"residual_{norm}"), [x, residual, *extra]
@@ -166,7 +178,10 @@ def test_bits_do_not_depend_on_strides_threads_or_neighbours(norm, dtype, device
     x = randn(40, 999, dtype=dtype, device=device)
     extra = parameters(norm, 999, dtype, device)
     function = getattr(ops, norm)
-    contract.same_bits(function, [randn(300, 999, dtype=dtype, device=device), *extra])
+    for rows in (300, 600):  # few on CUDA, and many
+        contract.same_bits(function, [randn(rows, 999, dtype=dtype, device=device), *extra])
+    many = randn(520, 999, dtype=dtype, device=device)
+    contract.gradient_ignores_strides_and_neighbours(function, [many, *extra], (0, 519))
     contract.gradient_ignores_strides_and_neighbours(function, [x, *extra], (0, 17, 39))
     y = function(x, *extra)
     assert torch.equal(function(strided(x), *[strided(e) for e in extra]), y)
@@ -204,18 +219,20 @@ def test_wide_rows_far_from_zero(norm, dtype, cols, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("cols", [65, 1032])
+@pytest.mark.parametrize("cols", [65, 250, 1032])
+@pytest.mark.parametrize("rows", [9, 600])
 @pytest.mark.parametrize("norm", NORMS)
-def test_row_count_on_the_device(norm, cols, device):
-    x = randn(9, cols, dtype=torch.bfloat16, device=device)
-    count = torch.tensor(5, device=device)
+def test_row_count_on_the_device(norm, rows, cols, device):
+    x = randn(rows, cols, dtype=torch.bfloat16, device=device)
+    held = rows - 4
+    count = torch.tensor(held, device=device)
     extra = parameters(norm, cols, torch.bfloat16, device)
     outs, grads, up = contract.gradients(
         lambda *args: getattr(ops, norm)(*args, row_count=count), [x, *extra]
     )
-    some = contract.gradients(getattr(ops, norm), [x[:5], *extra], [up[0][:5]])
-    assert torch.equal(outs[0][:5], some[0][0]) and not outs[0][5:].any()
-    assert torch.equal(grads[0][:5], some[1][0]) and not grads[0][5:].any()
+    some = contract.gradients(getattr(ops, norm), [x[:held], *extra], [up[0][:held]])
+    assert torch.equal(outs[0][:held], some[0][0]) and not outs[0][held:].any()
+    assert torch.equal(grads[0][:held], some[1][0]) and not grads[0][held:].any()
     for ours, theirs in zip(grads[1:], some[1][1:], strict=True):
         assert_close(ours.cpu(), theirs.cpu().double(), roundings=2)
 

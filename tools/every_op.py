@@ -24,7 +24,7 @@ import torch
 from redline import ops
 from redline.optim import AdamW, clip_grad_norm
 
-WIDTHS = (16, 129, 256, 1000, 1024, 4096, 16384, 40000, 140001)
+WIDTHS = (16, 129, 256, 1000, 1001, 1024, 4096, 16384, 40000, 140001)
 DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -41,7 +41,13 @@ def draw(*shape, dtype):
 
 
 def norms(width, dtype):
-    x, residual = draw(5, width, dtype=dtype), draw(5, width, dtype=dtype)
+    """Few rows have a kernel of their own."""
+    for count in (5, 520) if width <= 4096 else (5,):
+        norms_of(draw(count, width, dtype=dtype), draw(count, width, dtype=dtype))
+
+
+def norms_of(x, residual):
+    width, dtype = x.shape[1], x.dtype
     weight, bias = draw(width, dtype=dtype), draw(width, dtype=torch.float32)
     both(ops.rms_norm, x, weight)
     both(ops.layer_norm, x, weight, bias)
@@ -64,6 +70,7 @@ def rows(width, dtype):
     gain = draw(70, dtype=torch.float32)
     packed, both_biases = draw(70, 2 * width, dtype=dtype), draw(2 * width, dtype=dtype)
     both(lambda a, b, s: ops.gated_activation(a, bias=b, row_scale=s), packed, both_biases, gain)
+    both(lambda a, s: ops.gated_activation(a, row_scale=s), packed, gain)
     targets, predict = torch.randint(width, (70,), device="cuda"), {"return_predictions": True}
     both(lambda a: ops.cross_entropy(a, targets, label_smoothing=0.1, logit_softcap=30.0), x)
     both(lambda a: ops.cross_entropy(a * 1, targets, inplace_backward=True), x)
@@ -74,6 +81,8 @@ def rows(width, dtype):
     tokens = torch.randint(9, (300,), device="cuda")
     both(lambda w: ops.embedding(tokens, w), draw(11, width, dtype=dtype))
     both(lambda s: ops.softmax(s, causal=True), x.view(1, 7, 10, width))
+    mask = torch.rand(1, 1, 10, width, device="cuda") > 0.8
+    both(lambda s: ops.softmax(s, mask), x.view(1, 7, 10, width))
 
 
 def products(a, b):
