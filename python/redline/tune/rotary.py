@@ -37,16 +37,18 @@ def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
     """transformers' function of that name by redline.ops.rotary_pair, in float32, rounded once.
 
     q, k: [batch, heads, seq, head_dim], or [batch, seq, heads, head_dim] with `unsqueeze_dim` 2.
-    cos, sin: [1 or batch, seq, rotary_dim] with equal halves. Returns q's and k's dtype.
+    cos, sin: [1 or batch, seq, rotary_dim] with equal halves. Returns q's and k's dtypes.
     """
     half = cos.shape[-1] // 2
     tables = [table.flatten(0, 1)[:, :half].float() for table in (cos, sin)]
     by_token = [x.transpose(1, 2) if unsqueeze_dim == 1 else x for x in (q, k)]
     # One table row per token where sequences differ: they become one long sequence.
     one_long = cos.shape[0] != 1
-    turned = ops.rotary_pair(
-        *(x.flatten(0, 1).unsqueeze(0) if one_long else x for x in by_token), *tables
-    )
+    pair = [x.flatten(0, 1).unsqueeze(0) if one_long else x for x in by_token]
+    if q.dtype == k.dtype:
+        turned = ops.rotary_pair(*pair, *tables)
+    else:
+        turned = [ops.rotary(x, *tables) for x in pair]
     turned = (y.view(x.shape) for x, y in zip(by_token, turned, strict=True))
     return tuple(y.transpose(1, 2) if unsqueeze_dim == 1 else y for y in turned)
 

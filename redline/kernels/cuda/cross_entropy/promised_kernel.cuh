@@ -242,7 +242,8 @@ __global__ void __launch_bounds__(Threads, 1024 / Threads)
   T* tile = tile_of(dynamic_shared, row, args.room);
   const int shift = misalignment(row), head = head_of<T>(shift);
   const int groups = request<T, Threads>(tile, row, cols, head);
-  const bool shared = shift != 0 || cols % N != 0;
+  const int apart = (shift - misalignment(grad)) & 15;
+  const bool shared = shift != 0 || apart != 0 || cols % N != 0;
   if (shared) copy_edges(tile, row, cols, head);
   const float upstream = upstream_of(args, row_index, target);
   Largest largest = {negative_infinity(), 0};
@@ -275,7 +276,6 @@ __global__ void __launch_bounds__(Threads, 1024 / Threads)
   // No sum here, so that vectors lie at the gradient's multiples of 16 bytes; over the logits, and
   // wherever both lie alike, they are the pieces that were copied.
   const int before = misalignment(grad) / static_cast<int>(sizeof(T));
-  const int apart = (shift - misalignment(grad)) & 15;
 #pragma unroll 2
   for (int col = thread * N - before; col < cols; col += step) {
     const Packed<T> logits = read_shifted(tile + col, apart);

@@ -147,6 +147,7 @@ __device__ __forceinline__ void prefetch(const char* from, uint32_t bytes) {
 #endif
 }
 
+// Before any wait: runs_kernel is launched without overlap, so all earlier kernels have ended.
 __device__ __forceinline__ void work_ahead(const Ahead& ahead) {
   const int thread = blockIdx.x * blockDim.x + threadIdx.x, threads = ahead.blocks * blockDim.x;
   for (int64_t i = thread; i < ahead.read_rows; i += threads) {
