@@ -9,7 +9,9 @@
 //                                             fastest: about 70 KiB a multiprocessor
 //   Op walk(row, col, step)                   itself, its matrices as Matrix::walk() has them
 //   Shared shared(Place<A>)                   what the elements of a column have in common
-//   bool shared_in_memory                     that lies in shared memory: registers would spill
+//   bool shared_in_memory                     that lies in shared memory: with three blocks a
+//                                             multiprocessor registers spilled; with two they
+//                                             do not, and were not timed
 //   float of_row(row)                         what those of a row have, read a row ahead
 //   void request(ring, slot, Place<A>)        starts the copies of a row, and goes to the next
 //   Input receive(ring, slot)                 what came
