@@ -33,7 +33,7 @@ namespace {
 
 constexpr int column_warps = 8, column_threads = 32 * column_warps;
 
-using ColumnRing = RowRing<column_threads>;
+using ColumnRing = RowRing<column_threads, /*Kept=*/true>;
 
 // The warps' sums, in their order, into the chunk's row of `partial`.
 template <typename Op>

@@ -40,10 +40,10 @@ struct Dropout {
   // not with what a kernel adds to it: the same bits in all of them.
   template <bool Aligned, int N>
   __device__ __forceinline__ void apply(int64_t row, int col, float (&values)[N]) const {
-    apply<Aligned>(PhiloxRounds(key()), row, col, values);
+    apply<Aligned>(PhiloxRunning(key()), row, col, values);
   }
-  template <bool Aligned, int N>
-  __device__ __forceinline__ void apply(const PhiloxRounds& rounds, int64_t row, int col,
+  template <bool Aligned, typename Rounds, int N>
+  __device__ __forceinline__ void apply(const Rounds& rounds, int64_t row, int col,
                                         float (&values)[N]) const {
     if (!random) return;
     uint32_t numbers[N / 2];

@@ -9,20 +9,38 @@ struct PhiloxKey {
   uint64_t seed, offset;
 };
 
-// The keys of the rounds, and the counter's half that all elements of a call share.
+// Where philox() finds the counter's half that all elements of a call share, and each round's key:
+// one after the other,
+struct PhiloxRunning {
+  uint32_t step[2], next[2];
+
+  explicit __device__ __forceinline__ PhiloxRunning(PhiloxKey key)
+      : step{static_cast<uint32_t>(key.offset / 4), static_cast<uint32_t>(key.offset / 4 >> 32)},
+        next{static_cast<uint32_t>(key.seed), static_cast<uint32_t>(key.seed >> 32)} {}
+
+  __device__ __forceinline__ void take(int, uint32_t (&key)[2]) {
+    key[0] = next[0];
+    key[1] = next[1];
+    next[0] += 0x9E3779B9u;
+    next[1] += 0xBB67AE85u;
+  }
+};
+
+// or all in registers: where there are 20 to spare, a vector takes 20 additions less.
 struct PhiloxRounds {
   static constexpr int count = 10;
   uint32_t step[2], keys[count][2];
 
   explicit __device__ __forceinline__ PhiloxRounds(PhiloxKey key) {
-    const uint64_t first = key.offset / 4;
-    step[0] = static_cast<uint32_t>(first);
-    step[1] = static_cast<uint32_t>(first >> 32);
+    PhiloxRunning running(key);
+    step[0] = running.step[0];
+    step[1] = running.step[1];
 #pragma unroll
-    for (int i = 0; i < count; ++i) {
-      keys[i][0] = static_cast<uint32_t>(key.seed) + i * 0x9E3779B9u;
-      keys[i][1] = static_cast<uint32_t>(key.seed >> 32) + i * 0xBB67AE85u;
-    }
+    for (int i = 0; i < count; ++i) running.take(i, keys[i]);
+  }
+  __device__ __forceinline__ void take(int round, uint32_t (&key)[2]) const {
+    key[0] = keys[round][0];
+    key[1] = keys[round][1];
   }
   // In registers from here on: the compiler would rather add again for every vector.
   __device__ __forceinline__ void keep() {
@@ -39,15 +57,17 @@ __device__ __forceinline__ uint64_t wide_product(uint32_t a, uint32_t b) {
 }
 
 // The words of a counter: the 16-bit numbers of elements 8 * counter ... 8 * counter + 7.
-__device__ __forceinline__ void philox(const PhiloxRounds& rounds, uint64_t counter,
-                                       uint32_t (&words)[4]) {
+template <typename Rounds>
+__device__ __forceinline__ void philox(Rounds rounds, uint64_t counter, uint32_t (&words)[4]) {
   uint32_t c0 = rounds.step[0], c1 = rounds.step[1];
   uint32_t c2 = static_cast<uint32_t>(counter), c3 = static_cast<uint32_t>(counter >> 32);
 #pragma unroll
   for (int round = 0; round < PhiloxRounds::count; ++round) {
     const uint64_t p0 = wide_product(0xD2511F53u, c0), p1 = wide_product(0xCD9E8D57u, c2);
-    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ rounds.keys[round][0];
-    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ rounds.keys[round][1];
+    uint32_t key[2];
+    rounds.take(round, key);
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ key[0];
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ key[1];
     c1 = static_cast<uint32_t>(p1);
     c3 = static_cast<uint32_t>(p0);
   }
@@ -61,8 +81,8 @@ __device__ __forceinline__ void philox(const PhiloxRounds& rounds, uint64_t coun
 // Rows of odd length start inside a counter: a second one is drawn where the numbers reach into it,
 // and all are moved up in steps, so that all indices are constants. Aligned: `element` is a
 // multiple of N, known to the compiler.
-template <bool Aligned, int N>
-__device__ __forceinline__ void draw(const PhiloxRounds& rounds, uint64_t element,
+template <bool Aligned, int N, typename Rounds>
+__device__ __forceinline__ void draw(const Rounds& rounds, uint64_t element,
                                      uint32_t (&numbers)[N / 2]) {
   static_assert(N == 4 || N == 8);
   const int skip = static_cast<int>(element % 8);

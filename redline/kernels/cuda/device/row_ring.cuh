@@ -12,8 +12,10 @@ namespace redline::cuda {
 // `pieces` of 16 bytes per thread of at most Threads; `slots` rows at once: two or three. A slot is
 // named by its offset in bytes. Slots are taken in turn: `slots` rows are requested before the
 // first is received, then each as soon as the oldest of those received is done with. Pieces lie
-// Threads apart whatever the block has: their offsets are constants of the code.
-template <int Threads>
+// Threads apart whatever the block has: their offsets are constants of the code. Kept: a thread's
+// address stays in a register, where the compiler would find it anew for every row; norm's backward
+// has none left for it.
+template <int Threads, bool Kept = false>
 class RowRing {
  public:
   static constexpr int slot_bytes(int pieces) { return Threads * 16 * pieces; }
@@ -23,10 +25,8 @@ class RowRing {
   // copy).
   __device__ __forceinline__ RowRing(char* shared, int pieces, int slots)
       : slot_bytes_(slot_bytes(pieces)), slots_(slots) {
-    // By hand, so that the address stays in a register: the compiler finds it anew for every row.
-    asm volatile("{ .reg .u64 at; cvta.to.shared.u64 at, %1; cvt.u32.u64 %0, at; }"
-                 : "=r"(own_)
-                 : "l"(shared + threadIdx.x * 16));
+    own_ = static_cast<uint32_t>(__cvta_generic_to_shared(shared + threadIdx.x * 16));
+    if constexpr (Kept) asm volatile("" : "+r"(own_));
   }
 
   __device__ __forceinline__ int after(int slot) const {
