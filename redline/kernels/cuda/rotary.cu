@@ -219,15 +219,6 @@ __device__ __forceinline__ Vector load_once(const T* from) {
   }
 }
 
-template <typename Vector, typename T>
-__device__ __forceinline__ void store_once(T* to, const Vector& value) {
-  if constexpr (sizeof(Vector) < 16) {
-    *reinterpret_cast<Vector*>(to) = value;
-  } else {
-    __stcs(reinterpret_cast<int4*>(to), reinterpret_cast<const int4&>(value));
-  }
-}
-
 template <typename T, int V, bool Interleaved, Heading H>
 __global__ void __launch_bounds__(threads, H == Heading::pair ? pair_blocks_per_sm : 0)
     rotary_kernel(const Args args) {
@@ -265,8 +256,8 @@ __global__ void __launch_bounds__(threads, H == Heading::pair ? pair_blocks_per_
       if (first + k * step >= args.heads) break;
       const bool turned = turns && heads[k].turns;
       if (turned) turn<T, V, Interleaved>(a[k], b[k], angles);
-      store_once(heads[k].to + at.first, a[k]);
-      if (turned || has_second) store_once(heads[k].to + at.second, b[k]);
+      store_streaming(heads[k].to + at.first, a[k]);
+      if (turned || has_second) store_streaming(heads[k].to + at.second, b[k]);
     }
   }
 }

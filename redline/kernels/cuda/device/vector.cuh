@@ -59,6 +59,16 @@ __device__ __forceinline__ void store_whole(void* to, const Vector& value) {
   }
 }
 
+// Of 16 bytes past the caches, which are left to what is read again.
+template <typename Vector>
+__device__ __forceinline__ void store_streaming(void* to, const Vector& value) {
+  if constexpr (sizeof(Vector) == 16) {
+    __stcs(static_cast<int4*>(to), reinterpret_cast<const int4&>(value));
+  } else {
+    store_whole(to, value);
+  }
+}
+
 // Elements [col, col + N) of a row of `cols`; zeros from cols on.
 template <typename T, int N = vector_size<T>>
 __device__ __forceinline__ Packed<T, N> load(const T* row, int col, int cols, bool aligned) {

@@ -21,14 +21,6 @@ struct Forward {
 // 1024 (17 MB, which the next kernel finds in the cache) 0.99, 0.99.
 constexpr int64_t streaming_bytes = 32 << 20;
 
-template <typename Vector>
-__device__ __forceinline__ void store(void* to, const Vector& value, bool streams) {
-  if constexpr (sizeof(Vector) == 16) {
-    if (streams) return __stcs(static_cast<int4*>(to), reinterpret_cast<const int4&>(value));
-  }
-  store_whole(to, value);
-}
-
 template <typename T, int V>
 __global__ void __launch_bounds__(forward_threads) forward_kernel(const Forward args) {
   const int lane = threadIdx.x % args.lanes, rows = forward_threads / args.lanes;
@@ -51,7 +43,9 @@ __global__ void __launch_bounds__(forward_threads) forward_kernel(const Forward 
     }
 #pragma unroll
     for (int k = 0; k < forward_vectors; ++k) {
-      if (col + k * step < args.hidden) store(to + col + k * step, values[k], args.streams);
+      T* at = to + col + k * step;
+      if (col + k * step >= args.hidden) continue;
+      args.streams ? store_streaming(at, values[k]) : store_whole(at, values[k]);
     }
   }
 }
