@@ -41,7 +41,7 @@ template <typename T, typename Function>
 struct Backward : Common {
   static constexpr int size = vector_size<T>, in_flight = 1;
   static constexpr int sums = 1, blocks_per_sm = activation_column_blocks, pieces = 2, slots = 2;
-  static constexpr bool fits_more = false, sums_rows = false, shared_in_memory = false;
+  static constexpr bool fits_more = false, sums_rows = false;
   struct Input {
     Packed<T> x, y_grad;
   };

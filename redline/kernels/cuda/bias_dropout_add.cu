@@ -59,7 +59,7 @@ struct Backward {
   static constexpr int size = vector_size<T>, in_flight = 2;
   static constexpr int sums = 1, blocks_per_sm = column_blocks, slots = 3;
   static constexpr int pieces = sizeof(Packed<R, size>) / 16;
-  static constexpr bool fits_more = true, sums_rows = false, shared_in_memory = false;
+  static constexpr bool fits_more = true, sums_rows = false;
   using Input = Packed<R, size>;
   struct Shared {
     PhiloxRounds rounds{PhiloxKey{}};

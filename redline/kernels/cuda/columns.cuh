@@ -9,9 +9,6 @@
 //                                             fastest: about 70 KiB a multiprocessor
 //   Op walk(row, col, step)                   itself, its matrices as Matrix::walk() has them
 //   Shared shared(Place<A>)                   what the elements of a column have in common
-//   bool shared_in_memory                     that lies in shared memory: with three blocks a
-//                                             multiprocessor registers spilled; with two they
-//                                             do not, and were not timed
 //   float of_row(row)                         what those of a row have, read a row ahead
 //   void request(ring, slot, Place<A>)        starts the copies of a row, and goes to the next
 //   Input receive(ring, slot)                 what came
@@ -67,24 +64,6 @@ struct ColumnRow {
   const typename Op::Shared& shared;
 };
 
-// What the elements of a thread's columns have in common, where Op::shared_in_memory has it.
-template <typename Op>
-__device__ __forceinline__ const typename Op::Shared& hold(const typename Op::Shared& own) {
-  if constexpr (Op::shared_in_memory) {
-    // 16 bytes more than a power of two: eight lanes' 16 bytes lie in different banks.
-    struct alignas(16) Entry : Op::Shared {
-      int4 gap;
-    };
-    __shared__ Entry table[32];
-    const int lane = threadIdx.x % 32;
-    if (threadIdx.x < 32) static_cast<typename Op::Shared&>(table[lane]) = own;
-    __syncthreads();
-    return table[lane];
-  } else {
-    return own;
-  }
-}
-
 template <typename Op, bool Aligned>
 __global__ void __launch_bounds__(column_threads, Op::blocks_per_sm)
     column_kernel(const Op given, float* partial, int64_t rows_per_chunk) {
@@ -107,9 +86,8 @@ __global__ void __launch_bounds__(column_threads, Op::blocks_per_sm)
   int slot = 0;
 #pragma unroll
   for (int s = 0; s < slots; ++s, slot = ring.after(slot)) request(slot, row + s * column_warps);
-  typename Op::Shared own = {};
-  if (any) own = given.shared(Place<Aligned>{0, col, cols});
-  const typename Op::Shared& shared = hold<Op>(own);
+  typename Op::Shared shared = {};
+  if (any) shared = given.shared(Place<Aligned>{0, col, cols});
   float of_row = row < end ? op.of_row(row) : 0.0f;
   for (; row < end; row += column_warps) {
     const int64_t next = row + column_warps;

@@ -14,7 +14,7 @@ template <typename T, typename Kind>
 struct Backward : Common {
   static constexpr int size = vector_size<T>, in_flight = 1;
   static constexpr int sums = 2, blocks_per_sm = gated_column_blocks, pieces = 3, slots = 3;
-  static constexpr bool fits_more = false, sums_rows = true, shared_in_memory = true;
+  static constexpr bool fits_more = false, sums_rows = true;
   struct Input {
     Packed<T> gate, linear, y_grad;
   };
