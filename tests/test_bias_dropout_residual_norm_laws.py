@@ -108,9 +108,9 @@ def test_autocast_follows_stock(norm, device):
 @pytest.mark.parametrize(
     ("shape", "with_bias", "expected"),
     [
-        ((600, 4096), False, (["forward"], ["backward", "sum_chunks"])),
-        ((600, 4096), True, (["forward"], ["backward", "sum_chunks", "column", "sum_chunks"])),
-        ((600, 4097), False, (["element", "forward"], ["backward", "sum_chunks", "element"])),
+        ((1100, 4096), False, (["forward"], ["backward", "sum_chunks"])),
+        ((1100, 4096), True, (["forward"], ["backward", "sum_chunks", "column", "sum_chunks"])),
+        ((1100, 4097), False, (["element", "forward"], ["backward", "sum_chunks", "element"])),
         ((40, 4096), False, (["forward"], ["few_rows", "element"])),
         ((40, 32768), False, (["element", "forward"], ["backward", "sum_chunks"])),
     ],

@@ -42,7 +42,7 @@ def draw(*shape, dtype):
 
 def norms(width, dtype):
     """Few rows have a kernel of their own."""
-    for count in (5, 520) if width <= 4096 else (5,):
+    for count in (5, 520 if width < 2048 else 1030) if width <= 4096 else (5,):
         norms_of(draw(count, width, dtype=dtype), draw(count, width, dtype=dtype))
 
 

@@ -7,9 +7,10 @@
 namespace redline::cuda {
 namespace {
 
-// Faster than the kernels for many up to here (H100: 512 x 4096 7.9 us, 12.9 by those; 1024 x 2048
-// no longer).
-constexpr int64_t most_rows = 512, most_elements = 2 << 20;
+// Where it is faster than the kernels for many (H100, rms, this and those, us: 512 x
+// 4096 7.3, 12.0; 1024 x 4096 13.2, 16.1; 1024 x 2048 10.2, 11.1; 1024 x 1024 9.4, 7.8; 2048 x
+// 2048 18.7, 15.9).
+constexpr int64_t most_rows = 512, most_wide_rows = 1024, wide = 2048, most_elements = 4 << 20;
 constexpr int block_columns = 64;  // two a lane: 128 bytes of 16-bit rows
 constexpr int least_threads = 512;
 
@@ -215,7 +216,8 @@ Matrix parameter(const TensorView& view) { return {view.data, 0, view.dtype == D
 }  // namespace
 
 bool has_few_rows(DType y_grad, int64_t rows, int64_t cols) {
-  if (rows < 1 || rows > most_rows || rows * cols > most_elements) return false;
+  const int64_t most = cols < wide ? most_rows : most_wide_rows;
+  if (rows < 1 || rows > most || rows * cols > most_elements) return false;
   const int64_t vectors = ceil_div(cols, 16 / element_bytes(y_grad));
   return vectors >= 1 && vectors <= most_threads;  // those that a block has
 }
