@@ -99,6 +99,9 @@ class RowExchange {
       const WarpSums<Count> sums(values);
       if constexpr (Lanes == 32) return sums.give(sums_);
       const uint32_t place = turn % exchange_places, warp = threadIdx.x / 32;
+      // The lanes' reads of an earlier row come before this arrival, by which others may write
+      // there: shuffles order no memory.
+      __syncwarp();
       if (sums.lane() == 0) {  // one lane per value
         memory_.posted[place][sums.value()][warp] = sums.held;
         memory_.warps_came[place][first_warp_].arrive();
