@@ -1,6 +1,7 @@
 """Norms: forward reads x and writes y; backward reads x and y_grad and writes x_grad. With a
 residual each direction has one tensor more to read, and forward writes the sum. Behind dropout
-backward writes the gradient of x beside the residual's."""
+backward writes the gradient of x beside the residual's. With the rows' largest magnitudes forward
+writes 4 bytes a row more: beside its own row without them."""
 
 import functools
 
@@ -28,6 +29,7 @@ SIZES = [
     (1, 8192),
 ]
 SIZES_CPU = [(4096, 1024), (2048, 4096)]
+AMAX_SIZES = [(262144, 256), (8192, 4096), (16384, 4096), (8192, 8192), (1024, 65536)]
 DROPOUT_SIZES = [(65536, 1024), (8192, 4096), (16384, 4096), (8192, 8192)]
 PROBABILITY = 0.1
 
@@ -98,6 +100,38 @@ def dropout_cases(device, dtype, label):
             yield from both_directions(sketch, calls, parameters, outputs=2)
 
 
+def amax_cases(device, dtype, label):
+    for norm in ("rms_norm", "layer_norm"):
+        for shape in AMAX_SIZES if device == "cuda" else SIZES_CPU:
+            weight, bias = (torch.rand(shape[1], device=device, dtype=dtype) for _ in range(2))
+            parameters = (weight,) if norm == "rms_norm" else (weight, bias)
+            one = functools.partial(getattr(ops, norm), return_amax=True)
+
+            def with_amax(norm_of):
+                def call(x):
+                    y = norm_of(x)
+                    return y, y.abs().amax(-1).float()
+
+                return call
+
+            plain, stock = getattr(ops, norm), stock_of(norm, shape[1], weight, bias)
+            calls = {
+                "redline": lambda x, one=one, parameters=parameters: one(x, *parameters),
+                "two ops": with_amax(lambda x, plain=plain, p=parameters: plain(x, *p)),
+                "eager": with_amax(stock),
+            }
+            calls["compile"] = torch.compile(calls["eager"], dynamic=False)
+            yield Case(
+                name=f"{norm} amax",
+                direction="fwd",
+                shape=f"{shape[0]} x {shape[1]}",
+                dtype=label,
+                bytes=2 * shape[0] * shape[1] * dtype.itemsize + 4 * shape[0],
+                make=lambda shape=shape: (torch.randn(shape, device=device, dtype=dtype),),
+                calls=calls,
+            )
+
+
 def cases(device):
     dtype, label = (torch.bfloat16, "bf16") if device == "cuda" else (torch.float32, "f32")
     for name in ("rms_norm", "layer_norm", "residual_rms_norm", "residual_layer_norm"):
@@ -125,4 +159,5 @@ def cases(device):
                 calls={},
             )
             yield from both_directions(sketch, calls, parameters, outputs=tensors)
+    yield from amax_cases(device, dtype, label)
     yield from dropout_cases(device, dtype, label)

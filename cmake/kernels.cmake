@@ -72,7 +72,9 @@ if(REDLINE_WITH_CUDA)
       norm/dropout_backward
       norm/dropout_forward
       norm/few_rows
+      norm/layer_amax
       norm/layer_forward
+      norm/rms_amax
       norm/rms_forward
       rotary
       softmax/backward

@@ -27,7 +27,9 @@ read_for_registers = {
     "norm/backward.cu",
     "norm/dropout_backward.cu",
     "norm/few_rows.cu",
+    "norm/layer_amax.cu",
     "norm/layer_forward.cu",
+    "norm/rms_amax.cu",
     "norm/rms_forward.cu",
     "rotary.cu",
 }

@@ -41,8 +41,10 @@ def draw(*shape, dtype):
 
 
 def norms(width, dtype):
-    """Few rows have a kernel of their own."""
-    for count in (5, 520 if width < 2048 else 1030) if width <= 4096 else (5,):
+    """Few rows have a kernel of their own. Of many, blocks and clusters walk over more rows than
+    they have places to exchange sums in."""
+    many = 520 if width < 2048 else 1030 if width <= 4096 else 600 if width <= 16384 else 100
+    for count in (5, many):
         norms_of(draw(count, width, dtype=dtype), draw(count, width, dtype=dtype))
 
 
@@ -53,6 +55,8 @@ def norms_of(x, residual):
     both(ops.layer_norm, x, weight, bias)
     both(ops.residual_rms_norm, x, residual, weight)
     both(ops.residual_layer_norm, x, residual, weight, bias)
+    ops.residual_rms_norm(x, residual, weight, return_amax=True)
+    ops.layer_norm(x, weight, bias, return_amax=True)
     both(
         lambda a, b, w: ops.bias_dropout_residual_rms_norm(a, None, b, 0.5, w), x, residual, weight
     )

@@ -13,6 +13,14 @@ void check_statistic(const char* op, const char* tensor, const TensorView& stati
   check_values(op, tensor, statistic, x.sizes[0], accumulation_dtype(x.dtype));
 }
 
+void check_amax(const char* op, const NormForward& args) {
+  check_no_values(op, args.quantized);
+  if (!args.quantized.amax) return;
+  check_statistic(op, "amax", args.quantized.amax, args.x);
+  REDLINE_CHECK(!args.input_bias && !args.rng_state && !args.statistics_given, op,
+                ": amax: expected none beside dropout, an input_bias or given statistics");
+}
+
 void check_dropout(const char* op, const NormForward& args) {
   if (!args.input_bias && !args.rng_state) return;
   REDLINE_CHECK(args.residual, op, ": residual: expected one beside dropout or an input_bias");
@@ -81,7 +89,7 @@ void check(const NormForward& args) {
   check_statistic(op, "inverse_std", args.inverse_std, x);
   if (args.norm == Norm::layer) check_statistic(op, "mean", args.mean, x);
   check_row_count(op, args.row_count);
-  check_not_quantized(op, args.quantized);
+  check_amax(op, args);
   check_dropout(op, args);
 }
 

@@ -29,6 +29,8 @@ struct NormForward {
   TensorView mean;         // [rows] accumulation dtype, out, layer alone
   TensorView inverse_std;  // [rows] accumulation dtype, out; r above
   TensorView row_count;    // [] int64 on the device, optional: rows from it on get zeros
+  // amax alone, [rows], 0 for rows from row_count on; without dropout, an input bias and given
+  // statistics. NaN where y has one.
   QuantizedOutput quantized;
   double epsilon = 1e-5;
   bool zero_centered = false;

@@ -17,8 +17,15 @@ using torch::autograd::variable_list;
 
 // --- derivative ---------------------------------------------------------------------------------
 
+variable_list results_of(const NormOutputs& out, const NormInputs& in) {
+  variable_list results = {out.y};
+  if (in.residual) results.push_back(out.sum);
+  if (in.wants_amax) results.push_back(out.amax);
+  return results;
+}
+
 struct NormFunction {
-  // Returns {y}, or {y, sum} when there is a residual.
+  // Returns {y}, or {y, sum} when there is a residual, and amax behind them where it is wanted.
   static variable_list forward(AutogradContext* ctx, const Tensor& x,
                                const OptionalTensor& residual, const OptionalTensor& input_bias,
                                const OptionalTensor& weight, const OptionalTensor& bias,
@@ -33,8 +40,8 @@ struct NormFunction {
     ctx->saved_data["has_residual"] = residual.has_value();
     if (out.rng_state.defined()) ctx->saved_data["dropout"] = in.dropout;
     ctx->set_materialize_grads(false);
-    if (residual) return {out.y, out.sum};
-    return {out.y};
+    if (in.wants_amax) ctx->mark_non_differentiable({out.amax});
+    return results_of(out, in);
   }
 
   // Inputs of forward in order: x, residual, input_bias, weight, bias, row_count, in. The graph has
@@ -138,7 +145,37 @@ std::tuple<Tensor, Tensor> bias_dropout_residual_layer_norm(
 
 namespace {
 
-// The public ops of one dispatch key: `Run` takes x and Inputs and returns {y} or {y, sum}.
+using AmaxSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&,
+                                                         const OptionalTensor&,
+                                                         const OptionalTensor&, std::string_view,
+                                                         double, bool, const OptionalTensor&);
+
+NormWithAmax call_with_amax(const Tensor& x, const NormInputs& in) {
+  static const auto op = find_op<AmaxSignature>("redline::norm_with_amax");
+  const auto [y, sum, amax] = op.call(x, in.residual, in.weight, in.bias, name(in.norm), in.epsilon,
+                                      in.zero_centered, in.row_count);
+  return {y, in.residual ? sum : Tensor(), amax};
+}
+
+}  // namespace
+
+NormWithAmax rms_norm_with_amax(const Tensor& x, const OptionalTensor& residual,
+                                const OptionalTensor& weight, double epsilon, bool zero_centered,
+                                const OptionalTensor& row_count) {
+  return call_with_amax(x, {Norm::rms, residual, weight, {}, row_count, epsilon, zero_centered});
+}
+
+NormWithAmax layer_norm_with_amax(const Tensor& x, const OptionalTensor& residual,
+                                  const OptionalTensor& weight, const OptionalTensor& bias,
+                                  double epsilon, bool zero_centered,
+                                  const OptionalTensor& row_count) {
+  return call_with_amax(x,
+                        {Norm::layer, residual, weight, bias, row_count, epsilon, zero_centered});
+}
+
+namespace {
+
+// The public ops of one dispatch key: `Run` takes x and Inputs and returns what results_of() does.
 template <variable_list (*Run)(const Tensor&, const NormInputs&)>
 struct Public {
   static Tensor rms(const Tensor& x, const OptionalTensor& weight, double epsilon,
@@ -164,6 +201,23 @@ struct Public {
     const auto out =
         Run(x, {Norm::layer, residual, weight, bias, row_count, epsilon, zero_centered});
     return {out[0], out[1]};
+  }
+  // sum: [0] without a residual.
+  static std::tuple<Tensor, Tensor, Tensor> with_amax(
+      const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+      const OptionalTensor& bias, std::string_view norm, double epsilon, bool zero_centered,
+      const OptionalTensor& row_count) {
+    const Norm kind = norm_from("norm_with_amax", norm);
+    TORCH_CHECK(kind == Norm::layer || !bias, norm, ": bias: expected none");
+    const auto out = Run(x, {.norm = kind,
+                             .residual = residual,
+                             .weight = weight,
+                             .bias = bias,
+                             .row_count = row_count,
+                             .epsilon = epsilon,
+                             .zero_centered = zero_centered,
+                             .wants_amax = true});
+    return {out[0], residual ? out[1] : at::empty({0}, x.options()), out.back()};
   }
   // The probability is refused outside of training too.
   static std::tuple<Tensor, Tensor> dropped(const Tensor& x, NormInputs in, double probability,
@@ -193,19 +247,23 @@ struct Public {
     m.impl("layer_norm", layer);
     m.impl("residual_rms_norm", residual_rms);
     m.impl("residual_layer_norm", residual_layer);
+    m.impl("norm_with_amax", with_amax);
     m.impl("bias_dropout_residual_rms_norm", dropout_rms);
     m.impl("bias_dropout_residual_layer_norm", dropout_layer);
   }
 };
 
 variable_list without_derivative(const Tensor& x, const NormInputs& in) {
-  const NormOutputs out = norm_forward(x, in);
-  return {out.y, out.sum};
+  return results_of(norm_forward(x, in), in);
 }
 
 // torch runs layer_norm in float32 under CUDA autocast; rms_norm has no rule there.
 variable_list in_float32(const Tensor& x, const NormInputs& in) {
   const c10::impl::ExcludeDispatchKeyGuard off(c10::DispatchKey::AutocastCUDA);
+  if (in.norm == Norm::rms) {
+    const NormWithAmax out = call_with_amax(x, in);
+    return {out.y, out.sum, out.amax};
+  }
   const auto cast = [](const OptionalTensor& tensor) {
     return at::autocast::cached_cast(at::kFloat, tensor, c10::DeviceType::CUDA);
   };
@@ -215,6 +273,12 @@ variable_list in_float32(const Tensor& x, const NormInputs& in) {
         wide, cast(in.input_bias), *cast(in.residual), in.dropout, cast(in.weight), cast(in.bias),
         in.epsilon, in.zero_centered, /*training=*/true);
     return {y, sum};
+  }
+  if (in.wants_amax) {
+    const NormWithAmax out =
+        layer_norm_with_amax(wide, cast(in.residual), cast(in.weight), cast(in.bias), in.epsilon,
+                             in.zero_centered, in.row_count);
+    return {out.y, out.sum, out.amax};
   }
   if (in.residual) {
     const auto [y, sum] =
@@ -229,6 +293,7 @@ variable_list in_float32(const Tensor& x, const NormInputs& in) {
 void implement_autocast_cuda(torch::Library& m) {
   ignore_autocast(m, {"rms_norm", "residual_rms_norm", "bias_dropout_residual_rms_norm"});
   m.impl("layer_norm", Public<in_float32>::layer);
+  m.impl("norm_with_amax", Public<in_float32>::with_amax);
   m.impl("residual_layer_norm", Public<in_float32>::residual_layer);
   m.impl("bias_dropout_residual_layer_norm", Public<in_float32>::dropout_layer);
 }
@@ -249,6 +314,10 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
       "residual_layer_norm(Tensor x, Tensor residual, Tensor? weight=None, Tensor? bias=None, "
       "float epsilon=1e-5, bool zero_centered=False, *, Tensor? row_count=None) "
       "-> (Tensor y, Tensor sum)");
+  m.def(
+      "norm_with_amax(Tensor x, Tensor? residual=None, Tensor? weight=None, Tensor? bias=None, "
+      "str norm=\"rms_norm\", float epsilon=1e-5, bool zero_centered=False, *, "
+      "Tensor? row_count=None) -> (Tensor y, Tensor sum, Tensor amax)");
   const std::vector<at::Tag> random = {at::Tag::nondeterministic_seeded};
   m.def(
       "bias_dropout_residual_rms_norm(Tensor x, Tensor? input_bias, Tensor residual, "
@@ -264,7 +333,7 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
 
 const Registration registration({
     .public_ops = {"rms_norm", "layer_norm", "residual_rms_norm", "residual_layer_norm",
-                   "bias_dropout_residual_rms_norm", "bias_dropout_residual_layer_norm"},
+                   "norm_with_amax", "bias_dropout_residual_rms_norm", "bias_dropout_residual_layer_norm"},
     .without_derivative = Public<without_derivative>::implement,
     .differentiable = Public<differentiable>::implement,
     .autocast_cuda = implement_autocast_cuda,

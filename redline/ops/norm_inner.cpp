@@ -12,12 +12,6 @@ using OptionalTensor = std::optional<Tensor>;
 
 // --- inner ops ----------------------------------------------------------------------------------
 
-Norm norm_from(std::string_view kind) {
-  TORCH_CHECK(kind == name(Norm::rms) || kind == name(Norm::layer),
-              "bias_dropout_residual_norm: norm: expected rms_norm or layer_norm, not ", kind);
-  return kind == name(Norm::rms) ? Norm::rms : Norm::layer;
-}
-
 // In place of a state of random numbers, where nothing is dropped.
 Tensor no_state(const Tensor& like) { return at::empty({0}, like.options().dtype(at::kLong)); }
 
@@ -108,12 +102,28 @@ Tensor rebuild(const Tensor& x, const OptionalTensor& weight, const OptionalTens
                           dtype);
 }
 
+// Of either norm, by its name. mean: layer's.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_with_amax(
+    const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+    const OptionalTensor& bias, std::string_view norm, double epsilon, bool zero_centered,
+    const OptionalTensor& row_count) {
+  const NormOutputs out = run_norm_forward(x, {.norm = norm_from("norm_with_amax", norm),
+                                               .residual = residual,
+                                               .weight = weight,
+                                               .bias = bias,
+                                               .row_count = row_count,
+                                               .epsilon = epsilon,
+                                               .zero_centered = zero_centered,
+                                               .wants_amax = true});
+  return {out.y, out.sum, out.mean, out.inverse_std, out.amax};
+}
+
 // Of either norm, by its name; the probability is 0 where nothing is drawn. mean: layer's.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dropout_forward(
     const Tensor& x, const OptionalTensor& input_bias, const Tensor& residual,
     const OptionalTensor& weight, const OptionalTensor& bias, std::string_view norm, double epsilon,
     bool zero_centered, double probability) {
-  const NormOutputs out = run_norm_forward(x, {.norm = norm_from(norm),
+  const NormOutputs out = run_norm_forward(x, {.norm = norm_from("bias_dropout_residual_norm", norm),
                                                .residual = residual,
                                                .weight = weight,
                                                .bias = bias,
@@ -158,6 +168,7 @@ void implement(torch::Library& m) {
   m.impl("rms_norm_backward", rms_norm_backward);
   m.impl("layer_norm_forward", layer_norm_forward);
   m.impl("layer_norm_backward", layer_norm_backward);
+  m.impl("norm_forward_with_amax", forward_with_amax);
   m.impl("norm_rebuild", rebuild);
   m.impl("norm_backward_rebuild", norm_backward_rebuild);
   m.impl("bias_dropout_residual_norm_forward", dropout_forward);
@@ -165,6 +176,12 @@ void implement(torch::Library& m) {
 }
 
 }  // namespace
+
+Norm norm_from(const char* op, std::string_view kind) {
+  TORCH_CHECK(kind == name(Norm::rms) || kind == name(Norm::layer), op,
+              ": norm: expected rms_norm or layer_norm, not ", kind);
+  return kind == name(Norm::rms) ? Norm::rms : Norm::layer;
+}
 
 NormOutputs norm_forward(const Tensor& x, const NormInputs& in) {
   if (in.input_bias || in.dropout > 0) {
@@ -175,6 +192,13 @@ NormOutputs norm_forward(const Tensor& x, const NormInputs& in) {
         op.call(x, in.input_bias, *in.residual, in.weight, in.bias, name(in.norm), in.epsilon,
                 in.zero_centered, in.dropout);
     return {y, sum, mean, inverse_std, rng_state};
+  }
+  if (in.wants_amax) {
+    static const auto op = find_op<decltype(forward_with_amax)>("redline::norm_forward_with_amax");
+    const auto [y, sum, mean, inverse_std, amax] =
+        op.call(x, in.residual, in.weight, in.bias, name(in.norm), in.epsilon, in.zero_centered,
+                in.row_count);
+    return {y, sum, mean, inverse_std, {}, amax};
   }
   if (in.norm == Norm::rms) {
     static const auto op = find_op<decltype(rms_norm_forward)>("redline::rms_norm_forward");
@@ -266,6 +290,10 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
       "bool needs_weight, bool needs_bias) "
       "-> (Tensor x_grad, Tensor weight_grad, Tensor bias_grad)");
   m.def(
+      "norm_forward_with_amax(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, str norm, "
+      "float epsilon, bool zero_centered, Tensor? row_count) "
+      "-> (Tensor y, Tensor sum, Tensor mean, Tensor inverse_std, Tensor amax)");
+  m.def(
       "bias_dropout_residual_norm_forward(Tensor x, Tensor? input_bias, Tensor residual, "
       "Tensor? weight, Tensor? bias, str norm, float epsilon, bool zero_centered, "
       "float probability) "
@@ -282,7 +310,7 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
 
 const Registration registration({
     .inner_ops = {"rms_norm_forward", "rms_norm_backward", "layer_norm_forward",
-                  "layer_norm_backward", "norm_rebuild", "norm_backward_rebuild",
+                  "layer_norm_backward", "norm_forward_with_amax", "norm_rebuild", "norm_backward_rebuild",
                   "bias_dropout_residual_norm_forward", "bias_dropout_residual_norm_backward"},
     .inner = implement,
 });

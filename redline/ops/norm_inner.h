@@ -7,6 +7,9 @@
 
 namespace redline::ops {
 
+// rms_norm or layer_norm; `op` names the caller in the refusal of another.
+Norm norm_from(const char* op, std::string_view kind);
+
 struct NormInputs {
   Norm norm;
   std::optional<at::Tensor> residual, weight, bias, row_count;
@@ -15,11 +18,13 @@ struct NormInputs {
   // With a residual: residual + dropout(x + input_bias) is normalised.
   std::optional<at::Tensor> input_bias = {};
   double dropout = 0;  // the probability; 0 where nothing is drawn
+  bool wants_amax = false;  // without dropout and input bias
 };
 
-// mean: layer alone. rng_state: [2] int64, or [0] or undefined where nothing is dropped.
+// mean: layer alone. rng_state: [2] int64, or [0] or undefined where nothing is dropped. amax: the
+// largest magnitude of each row of y, where it is wanted.
 struct NormOutputs {
-  at::Tensor y = {}, sum = {}, mean = {}, inverse_std = {}, rng_state = {};
+  at::Tensor y = {}, sum = {}, mean = {}, inverse_std = {}, rng_state = {}, amax = {};
 };
 
 struct NormBackwardInputs {

@@ -9,12 +9,6 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using torch::autograd::AutogradContext;
 
-Norm norm_from(const char* op, const std::string& kind) {
-  TORCH_CHECK(kind == "rms_norm" || kind == "layer_norm", op,
-              ": norm: expected rms_norm or layer_norm, not ", kind);
-  return kind == "rms_norm" ? Norm::rms : Norm::layer;
-}
-
 // A call of to() that changes nothing returns its input, which no op below autograd may.
 Tensor in_dtype(const Tensor& tensor, at::ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);

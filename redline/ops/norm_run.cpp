@@ -44,6 +44,7 @@ NormOutputs empty_outputs(const Tensor& x, const NormInputs& in) {
   if (in.norm == Norm::layer) out.mean = empty_statistic(x);
   out.inverse_std = empty_statistic(x);
   if (in.dropout > 0) out.rng_state = at::empty({2}, x.options().dtype(at::kLong));
+  if (in.wants_amax) out.amax = empty_statistic(x);
   return out;
 }
 
@@ -96,7 +97,10 @@ NormOutputs run_norm_forward(const Tensor& x, const NormInputs& in) {
                    .mean = view_vector(optional(out.mean)),
                    .inverse_std = view_vector(out.inverse_std),
                    .row_count = view(in.row_count),
-                   .quantized = {},
+                   .quantized = {.values = {},
+                                 .scale = {},
+                                 .amax = view_vector(optional(out.amax)),
+                                 .transposed = {}},
                    .epsilon = in.epsilon,
                    .zero_centered = in.zero_centered,
                    .input_bias = view(input_bias),

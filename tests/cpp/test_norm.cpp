@@ -1,6 +1,7 @@
 // Wiring of the norm kernels: what they write, where they stop, what they refuse.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <tuple>
@@ -182,6 +183,24 @@ TEST_P(NormKernel, BehindDropoutWritesEveryOutputAndGradient) {
   });
 }
 
+TEST_P(NormKernel, FindsTheLargestMagnitudeOfEachRow) {
+  for_shapes([](const Case& c) {
+    const NormTensors tensors(c);
+    const Buffer amax(accumulation_dtype(c.dtype), {c.rows});
+    NormForward args = tensors.forward();
+    args.quantized.amax = amax;
+    check(args);
+    run(args, Range{0, c.rows});
+    for (int64_t row = 0; row < c.rows; ++row) {
+      double largest = 0;
+      for (int64_t col = 0; col < c.cols; ++col) {
+        largest = std::max(largest, std::abs(test::read(tensors.y, row * c.cols + col)));
+      }
+      EXPECT_EQ(test::read(amax, row), largest) << "row " << row;
+    }
+  });
+}
+
 std::string case_name(const testing::TestParamInfo<std::tuple<DType, Norm>>& info) {
   const auto [dtype, norm] = info.param;
   return std::string(norm == Norm::rms ? "rms_" : "layer_") + name(dtype);
@@ -204,7 +223,14 @@ TEST(NormArguments, ThatDoNotFitAreRefused) {
   args.weight = integer;
   EXPECT_THROW(check(args), Error);
   args = tensors.forward();
-  args.quantized.amax = tensors.y;
+  args.quantized.amax = tensors.y;  // not of rows
+  EXPECT_THROW(check(args), Error);
+  args.quantized.amax = tensors.mean;
+  check(args);
+  args.statistics_given = true;
+  EXPECT_THROW(check(args), Error);
+  args = tensors.forward();
+  args.quantized.scale = tensors.mean;
   EXPECT_THROW(check(args), Error);
   args = layer.forward();
   args.mean = {};

@@ -103,6 +103,28 @@ Statistics<Acc> row_statistics(RowReader<Acc>& x, int64_t cols, Norm norm, doubl
   return {mean, 1 / static_cast<Acc>(::sqrt(variance + static_cast<Acc>(epsilon)))};
 }
 
+// The largest magnitude of a row of y as it was stored, NaN above all.
+template <typename Acc>
+Acc row_amax(const TensorView& y, int64_t row) {
+  Block<Acc> block;
+  RowReader<Acc> reader(y, row, block);
+  Vector<Acc> largest{};
+  for_blocks(y.sizes[1], [&](int64_t col, int count) {
+    const Acc* values = reader(col, count);
+    for_vectors<Acc>(count, [&](int i, int n) {
+      Vector<Acc> magnitude = first<Acc>(load(values + i, n), n);
+      magnitude = magnitude < 0 ? -magnitude : magnitude;
+      const auto more = (magnitude > largest) | (magnitude != magnitude);
+      largest = more ? magnitude : largest;
+    });
+  });
+  Acc amax = 0;
+  for (int i = 0; i < lanes<Acc>; ++i) {
+    if (largest[i] > amax || largest[i] != largest[i]) amax = largest[i];
+  }
+  return amax;
+}
+
 template <typename Acc>
 void forward_rows(const NormForward& args, Range rows) {
   const int64_t cols = args.x.sizes[1];
@@ -118,6 +140,7 @@ void forward_rows(const NormForward& args, Range rows) {
       write_zeros(args.y, row);
       if (args.residual) write_zeros(args.sum, row);
       if (!args.statistics_given) store_statistics<Acc>(args, row, {});
+      if (args.quantized.amax) args.quantized.amax.as<Acc>()[row] = 0;
       continue;
     }
     if (drops) {
@@ -141,6 +164,7 @@ void forward_rows(const NormForward& args, Range rows) {
       });
       finish_write(args.y.data, args.y.dtype, offset, count, y_block);
     });
+    if (args.quantized.amax) args.quantized.amax.as<Acc>()[row] = row_amax<Acc>(args.y, row);
   }
 }
 

@@ -51,4 +51,13 @@ __device__ __forceinline__ void store_remote(float* place, uint32_t rank, float 
 #endif
 }
 
+// Raises the same place of the shared memory of block `rank` to `value`, unless it is more already.
+__device__ __forceinline__ void raise_remote(uint32_t* place, uint32_t rank, uint32_t value) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t remote = remote_address(place, rank);
+  asm volatile("red.relaxed.cluster.shared::cluster.max.u32 [%0], %1;" ::"r"(remote), "r"(value)
+               : "memory");
+#endif
+}
+
 }  // namespace redline::cuda

@@ -5,12 +5,18 @@
 
 namespace redline::cuda {
 
+// The Lanes neighbours of a lane, itself among them.
+template <int Lanes>
+__device__ __forceinline__ uint32_t lane_mask() {
+  if constexpr (Lanes == 32) return 0xffffffffu;
+  return ((1u << (Lanes % 32)) - 1) << (threadIdx.x % 32 / Lanes * Lanes);
+}
+
 // Every lane gets the sum over its Lanes neighbours: the butterfly adds the same pairs in each. The
 // other lanes of the warp may be elsewhere.
 template <int Lanes = 32>
 __device__ __forceinline__ float warp_sum(float value) {
-  uint32_t mask = 0xffffffffu;
-  if constexpr (Lanes < 32) mask = ((1u << Lanes) - 1) << (threadIdx.x % 32 / Lanes * Lanes);
+  const uint32_t mask = lane_mask<Lanes>();
 #pragma unroll
   for (int offset = Lanes / 2; offset > 0; offset /= 2) {
     value += __shfl_xor_sync(mask, value, offset);

@@ -36,6 +36,16 @@ struct RowGroup {
     }
   }
 
+  // Raises `place`, of the cluster's first block, to a warp's value, which its lanes hold alike.
+  __device__ __forceinline__ void raise(uint32_t value, uint32_t* place) const {
+    if (threadIdx.x % 32 != 0) return;
+    if constexpr (Cluster > 1) {
+      raise_remote(place, 0, value);
+    } else {
+      atomicMax(place, value);
+    }
+  }
+
   // Gives all warps of the row each warp's values: value k of warp e, counted over the cluster,
   // lies in to[k * slot_count(warps) + e].
   template <int Count>

@@ -9,6 +9,7 @@
 
 #include "redline/kernels/cuda/device/dependent_launch.cuh"
 #include "redline/kernels/cuda/norm/forward_statistics.cuh"
+#include "redline/kernels/cuda/norm/row_amax.cuh"
 #include "redline/kernels/cuda/norm/scaling.cuh"
 #include "redline/kernels/cuda/norm/shared_row_input.cuh"
 #include "redline/kernels/cuda/norm/zero_rows.cuh"
@@ -30,6 +31,11 @@ struct Tile {
 // A row of the blocks of a cluster, in their shared memory.
 struct ClusterTile : Tile<0, 8> {
   static constexpr int cluster = 4;
+};
+
+template <typename T, typename X, bool Layer, bool Aligned>
+struct AmaxForm : Form<T, X, Layer, Aligned> {
+  static constexpr bool amax = true;
 };
 
 template <typename Form, typename Tile>
@@ -59,10 +65,11 @@ __device__ __forceinline__ void store_statistics(const Forward& args, int64_t ro
 }
 
 // Vector v of the row.
-template <bool Layer, typename T, typename In, bool Aligned>
+template <typename Form, typename T, typename In, bool Aligned>
 __device__ __forceinline__ void store_output(const Forward& args, int64_t row, Columns<Aligned> at,
                                              const In& in, int v, const Scaling<T>& by,
-                                             Statistics found) {
+                                             Statistics found, RowAmax<Form::amax>& amax) {
+  constexpr bool Layer = Form::layer;
   constexpr int N = vector_size<T>;
   const auto held = in.vector(v);
   float y[1][N];
@@ -73,6 +80,7 @@ __device__ __forceinline__ void store_output(const Forward& args, int64_t row, C
     y[0][i] = Layer ? fmaf(normalized, weight, by.bias[0][i]) : normalized * weight;
   }
   store_vectors(row_at<T>(args.y, row), at.from(v), y);
+  amax.add(y[0], at.from(v));
 }
 
 template <typename Form, typename Tile>
@@ -84,7 +92,11 @@ __global__ void __launch_bounds__(Tile::most_threads, blocks_per_sm<Form, Tile>)
   constexpr int most_warps = L == 0 ? Tile::cluster * Tile::most_threads / 32 : 0;
   __shared__ float slots[L == 0 ? 2 * R * Tile::parts * most_warps : 1];
   extern __shared__ __align__(128) int4 row_memory[];  // of a cluster's
+  __shared__ uint32_t block_amax[Form::amax && L == 0 ? R : 1];
   wait_for_previous_launch();
+  if constexpr (Form::amax && L == 0) {
+    if (threadIdx.x < R) block_amax[threadIdx.x] = 0;
+  }
   if constexpr (Tile::cluster > 1) cluster_arrive();  // the others' shared memory is there
   const int threads = L == 0 ? static_cast<int>(blockDim.x) : L;
   const int group_index = L == 0 ? 0 : static_cast<int>(threadIdx.x / L);
@@ -117,6 +129,7 @@ __global__ void __launch_bounds__(Tile::most_threads, blocks_per_sm<Form, Tile>)
     const int64_t row = first_row + r * Tile::groups;
     if (at.col == 0 && row < counted) store_statistics(args, row, found[r]);
   }
+  RowAmax<Form::amax> amax[R];
   constexpr int unroll = InputOf<Form, Tile>::unroll;
 #pragma unroll unroll
   for (int v = 0; v < V; ++v) {
@@ -125,9 +138,10 @@ __global__ void __launch_bounds__(Tile::most_threads, blocks_per_sm<Form, Tile>)
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       const int64_t row = first_row + r * Tile::groups;
-      if (row < counted) store_output<Form::layer>(args, row, at, in[r], v, by, found[r]);
+      if (row < counted) store_output<Form>(args, row, at, in[r], v, by, found[r], amax[r]);
     }
   }
+  if constexpr (Form::amax) store_amaxes<Form, Tile>(args, group, first_row, at, amax, block_amax);
 }
 
 // Of a row that a block reads once more for every sum, through `in`. `at` gives the columns of a
@@ -172,6 +186,10 @@ __global__ void __launch_bounds__(Threads) long_forward_kernel(const Forward arg
   const int first = threadIdx.x * N;
   const auto at = [&](int col) { return Columns<Aligned>{col, step, args.cols}; };
   if (row >= counted_rows(args)) return;
+  __shared__ uint32_t block_amax[1];
+  if constexpr (Form::amax) {
+    if (threadIdx.x == 0) block_amax[0] = 0;
+  }
   RowInput<T, typename Form::X, V> in;
   const Statistics found = args.statistics_given
                                ? given_statistics<Layer>(args, row)
@@ -181,6 +199,7 @@ __global__ void __launch_bounds__(Threads) long_forward_kernel(const Forward arg
   RowInput<T, typename Form::X, W> again;
   ScalingSource<Layer, T, 0> scaling;
   scaling.load(args, at(first));
+  RowAmax<Form::amax> amax[1];
 #pragma unroll 1
   for (int col = first; col < args.cols; col += W * step) {
     again.reload(args, row, at(col));
@@ -188,8 +207,12 @@ __global__ void __launch_bounds__(Threads) long_forward_kernel(const Forward arg
     for (int v = 0; v < W; ++v) {
       if (col + v * step >= args.cols) break;
       const Scaling<T> by = scaling.take(args, at(col).from(v), v);
-      store_output<Layer>(args, row, at(col), again, v, by, found);
+      store_output<Form>(args, row, at(col), again, v, by, found, amax[0]);
     }
+  }
+  if constexpr (Form::amax) {
+    const RowGroup<0, 1> group = {};
+    store_amaxes<Form, Tile<0, V>>(args, group, row, at(first), amax, block_amax);
   }
 }
 
@@ -239,10 +262,11 @@ void launch_block(const typename Form::ForwardArgs& args, int threads, Stream st
 template <typename Form>
 bool launch_held(const typename Form::ForwardArgs& args, Stream stream) {
   const int64_t vectors = ceil_div(args.cols, vector_size<typename Form::T>);
+  constexpr int rows = Form::layer && Form::amax ? 3 : 4;  // with four amaxes 8 to 16 bytes spill
   if (vectors <= 16) {
-    launch_tile<Form, Tile<16, 1, 4>>(args, 128, stream);
+    launch_tile<Form, Tile<16, 1, rows>>(args, 128, stream);
   } else if (vectors <= 32) {
-    launch_tile<Form, Tile<32, 1, 4>>(args, 128, stream);
+    launch_tile<Form, Tile<32, 1, rows>>(args, 128, stream);
   } else if (vectors <= 64) {
     launch_tile<Form, Tile<32, 2, 2>>(args, 128, stream);
   } else if (vectors <= 128) {
@@ -273,16 +297,16 @@ void launch_forward(const Forward& args, Stream stream) {
          {.grid = dim3(args.rows), .block = dim3(1024), .stream = stream}, args);
 }
 
-template <typename T, bool Layer>
+template <typename T, bool Layer, template <typename, typename, bool, bool> typename FormOf>
 void choose_forward(const Forward& args, bool aligned, Stream stream) {
-  if (!aligned) return launch_forward<Form<T, float, Layer, false>>(args, stream);
+  if (!aligned) return launch_forward<FormOf<T, float, Layer, false>>(args, stream);
   if constexpr (sizeof(T) == 2) {
     const Matrix& normalized = args.residual.data == nullptr ? args.x : args.sum;
     if (!normalized.is_float32) {
-      return launch_forward<Form<T, T, Layer, true>>(args, stream);
+      return launch_forward<FormOf<T, T, Layer, true>>(args, stream);
     }
   }
-  launch_forward<Form<T, float, Layer, true>>(args, stream);
+  launch_forward<FormOf<T, float, Layer, true>>(args, stream);
 }
 
 inline bool is_aligned(const NormForward& norm) {
@@ -303,15 +327,16 @@ inline Forward arguments(const NormForward& norm) {
           matrix(norm.y),
           static_cast<float>(norm.epsilon),
           1.0f / static_cast<float>(norm.x.sizes[1]),
-          norm.statistics_given};
+          norm.statistics_given,
+          norm.quantized.amax.as<float>()};
 }
 
-template <bool Layer>
+template <bool Layer, template <typename, typename, bool, bool> typename FormOf = Form>
 void run_forward(const NormForward& norm, Stream stream) {
   const bool aligned = is_aligned(norm);
   const Forward args = arguments(norm);
   visit_dtype<float, bfloat16, float16>("norm", norm.y.dtype, [&]<typename T>() {
-    choose_forward<device_type<T>, Layer>(args, aligned, stream);
+    choose_forward<device_type<T>, Layer, FormOf>(args, aligned, stream);
   });
   if (norm.row_count) zero_rows(args, stream);
 }

@@ -1,5 +1,5 @@
 #include "redline/kernels/cuda/norm/forward.cuh"
-#include "redline/kernels/cuda/norm/layer_forward.h"
+#include "redline/kernels/cuda/norm/forward.h"
 
 namespace redline::cuda {
 

@@ -57,6 +57,7 @@ struct Form {
   using T = T_;
   using X = X_;
   static constexpr bool layer = Layer_, aligned = Aligned_;
+  static constexpr bool amax = false;  // forward finds each row's largest magnitude too
 };
 
 // Calls visit.operator()<T, X, layer>() for a dtype of T; X is float32 where `is_wide`, else T.

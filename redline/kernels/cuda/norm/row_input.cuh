@@ -18,6 +18,7 @@ struct Forward : Common {
   Matrix residual, sum, bias, y;
   float epsilon, inverse_cols;
   bool statistics_given;
+  float* amax;  // or null
 
   __device__ __forceinline__ Loaded source() const { return {}; }
 };

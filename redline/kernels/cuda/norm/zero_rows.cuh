@@ -32,6 +32,7 @@ __global__ void zero_rows_kernel(const Forward args) {
     if (threadIdx.x != 0 || args.statistics_given) continue;
     args.inverse_std[row] = 0.0f;
     if (args.mean != nullptr) args.mean[row] = 0.0f;
+    if (args.amax != nullptr) args.amax[row] = 0.0f;
   }
 }
 
