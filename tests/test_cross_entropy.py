@@ -69,6 +69,16 @@ def test_reductions_and_ignored_rows_follow_stock(ignored, reduction, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [1023, 1024, 1025, 2049])
+def test_a_reduction_is_of_all_rows(rows, device):
+    """About the 1024 rows of a chunk."""
+    logits, targets = draw((rows, 24), torch.float32, device, ignored=rows // 3)
+    total = ops.cross_entropy(logits, targets, "none").double().sum()
+    assert_close(ops.cross_entropy(logits, targets, "sum"), total, sums=16)
+    assert_close(ops.cross_entropy(logits, targets), total / (rows - rows // 3), sums=16)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_log_sum_exp_and_its_gradient(dtype, device):
     logits, targets = draw((6, 333), dtype, device)

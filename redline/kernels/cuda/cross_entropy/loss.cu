@@ -8,12 +8,19 @@ namespace redline {
 namespace cuda {
 namespace {
 
+// Where the reduced loss goes, and what it is divided by.
+struct Total {
+  float *loss, *count;
+  bool mean;
+};
+
 struct LossArgs {
   const float* statistics;
   const int64_t* targets;
   float* row_loss;
   float* log_sum_exp;
   float* partial;  // [chunks, 2]: sum of losses, rows that count; null without a reduction
+  Total total;     // of one chunk, which needs no second launch
   int64_t rows, vocabulary, ignore_index;
   int width;
   float label_smoothing, z_loss;
@@ -35,12 +42,21 @@ __device__ __forceinline__ float row_loss(const LossArgs& args, int64_t row, int
   return args.z_loss != 0.0f ? loss + args.z_loss * lse * lse : loss;
 }
 
+// From the sum of the losses and the number of rows that count.
+__device__ __forceinline__ void write_total(const Total& total, const float (&sums)[2]) {
+  const float divisor = total.mean ? sums[1] : 1.0f;
+  *total.count = divisor;
+  *total.loss = sums[0] / divisor;
+}
+
 constexpr int loss_threads = 256;
 
 // A chunk of 1024 rows per block (loss_chunks).
 __global__ void __launch_bounds__(loss_threads) loss_kernel(const LossArgs args) {
   __shared__ float scratch[2 * 32];
   float sums[2] = {};
+  wait_for_previous_launch();
+  allow_next_launch();
 #pragma unroll
   for (int i = 0; i < 1024 / loss_threads; ++i) {
     const int64_t row = int64_t{blockIdx.x} * 1024 + i * loss_threads + threadIdx.x;
@@ -53,23 +69,25 @@ __global__ void __launch_bounds__(loss_threads) loss_kernel(const LossArgs args)
   }
   if (args.partial == nullptr) return;
   block_sum<loss_threads>(sums, scratch);
-  if (threadIdx.x < 2) args.partial[int64_t{blockIdx.x} * 2 + threadIdx.x] = sums[threadIdx.x];
+  if (gridDim.x == 1) {
+    if (threadIdx.x == 0) write_total(args.total, sums);
+  } else if (threadIdx.x < 2) {
+    args.partial[int64_t{blockIdx.x} * 2 + threadIdx.x] = sums[threadIdx.x];
+  }
 }
 
 // One block adds the chunks: thread t those of index t, t + threads, ...
 __global__ void __launch_bounds__(loss_threads)
-    sum_losses_kernel(const float* partial, int64_t chunks, bool mean, float* loss, float* count) {
+    sum_losses_kernel(const float* partial, int64_t chunks, Total total) {
   __shared__ float scratch[2 * 32];
   float sums[2] = {};
+  wait_for_previous_launch();
   for (int64_t chunk = threadIdx.x; chunk < chunks; chunk += loss_threads) {
     sums[0] += partial[chunk * 2];
     sums[1] += partial[chunk * 2 + 1];
   }
   block_sum<loss_threads>(sums, scratch);
-  if (threadIdx.x != 0) return;
-  const float divisor = mean ? sums[1] : 1.0f;
-  *count = divisor;
-  *loss = sums[0] / divisor;
+  if (threadIdx.x == 0) write_total(total, sums);
 }
 
 }  // namespace
@@ -82,12 +100,15 @@ void run(const CrossEntropyStatistics& args, Stream stream) {
 
 void run(const CrossEntropyLoss& args, Stream stream) {
   using namespace cuda;
-  const bool reduced = args.reduction != Reduction::none;
+  const bool reduced = args.reduction != Reduction::none, overlaps = stream.capability >= 90;
   const LossArgs device = {.statistics = args.statistics.as<const float>(),
                            .targets = args.targets.as<const int64_t>(),
                            .row_loss = args.row_loss.as<float>(),
                            .log_sum_exp = args.log_sum_exp.as<float>(),
                            .partial = reduced ? args.partial.as<float>() : nullptr,
+                           .total = {.loss = args.loss.as<float>(),
+                                     .count = args.count.as<float>(),
+                                     .mean = args.reduction == Reduction::mean},
                            .rows = args.targets.sizes[0],
                            .vocabulary = args.vocabulary,
                            .ignore_index = args.ignore_index,
@@ -95,13 +116,21 @@ void run(const CrossEntropyLoss& args, Stream stream) {
                            .label_smoothing = static_cast<float>(args.label_smoothing),
                            .z_loss = static_cast<float>(args.z_loss)};
   const int64_t chunks = loss_chunks(device.rows);
-  note_choice("the rows' losses", reduced ? ", in chunks added in index order" : "");
-  launch(loss_kernel, {.grid = dim3(chunks), .block = dim3(loss_threads), .stream = stream},
+  const bool sums_chunks = reduced && chunks != 1;  // of no rows too
+  note_choice("the rows' losses", sums_chunks ? ", in chunks added in index order" : "");
+  launch(loss_kernel,
+         {.grid = dim3(chunks),
+          .block = dim3(loss_threads),
+          .overlap_previous = overlaps,
+          .stream = stream},
          device);
-  if (!reduced) return;
-  launch(sum_losses_kernel, {.grid = dim3(1), .block = dim3(loss_threads), .stream = stream},
-         device.partial, chunks, args.reduction == Reduction::mean, args.loss.as<float>(),
-         args.count.as<float>());
+  if (!sums_chunks) return;
+  launch(sum_losses_kernel,
+         {.grid = dim3(1),
+          .block = dim3(loss_threads),
+          .overlap_previous = overlaps,
+          .stream = stream},
+         device.partial, chunks, device.total);
 }
 
 }  // namespace redline

@@ -11,6 +11,7 @@
 #include "redline/kernels/cuda/cross_entropy/gradient.cuh"
 #include "redline/kernels/cuda/cross_entropy/largest.cuh"
 #include "redline/kernels/cuda/device/copy_async.cuh"
+#include "redline/kernels/cuda/device/dependent_launch.cuh"
 #include "redline/kernels/cuda/device/shared_barrier.cuh"
 
 namespace redline::cuda {
@@ -220,6 +221,7 @@ __global__ void __launch_bounds__(Threads, 1024 / Threads)
   constexpr int N = vector_size<T>, step = Threads * N;
   extern __shared__ __align__(128) char dynamic_shared[];
   __shared__ RowMemory<Cluster> memory;
+  allow_next_launch();
   const int64_t row_index = blockIdx.x / Cluster;
   const int rank = Cluster > 1 ? static_cast<int>(cluster_rank()) : 0;
   const int thread = static_cast<int>(threadIdx.x);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "redline/kernels/cuda/cross_entropy/largest.cuh"
+#include "redline/kernels/cuda/device/dependent_launch.cuh"
 
 namespace redline::cuda {
 
@@ -24,6 +25,7 @@ __global__ void __launch_bounds__(Threads, 1024 / Threads)
     statistics_kernel(const StatisticsArgs args) {
   constexpr int N = vector_size<T>, step = Threads * N;
   __shared__ float scratch[statistics_scratch];
+  allow_next_launch();
   const int64_t row_index = block_row();
   if (row_index >= args.rows) return;
   const int64_t target = args.targets[row_index];
