@@ -143,7 +143,9 @@ void check(const CrossEntropyPromise& args) {
 
 void check(const CrossEntropyRescale& args) {
   check_logits(args.logits_grad);
-  check_values(op, "ratio", args.ratio, 1, accumulation_dtype(args.logits_grad.dtype));
+  const DType dtype = accumulation_dtype(args.logits_grad.dtype);
+  check_values(op, "given", args.given, 1, dtype);
+  check_values(op, "promised", args.promised, 1, dtype);
 }
 
 void check_targets(const char* op, const TensorView& targets, int64_t vocabulary,

@@ -88,10 +88,11 @@ struct CrossEntropyPromise {
 CrossEntropyStatistics statistics_of(const CrossEntropyPromise&);
 CrossEntropyGradient gradient_of(const CrossEntropyPromise&);
 
-// What was promised becomes what is: logits_grad times ratio, and left alone where that is 1.
+// What was promised becomes what is: logits_grad times given / promised, and left alone where they
+// are one number.
 struct CrossEntropyRescale {
-  TensorView logits_grad;  // [rows, cols], in and out
-  TensorView ratio;        // [1] accumulation dtype
+  TensorView logits_grad;      // [rows, cols], in and out
+  TensorView given, promised;  // [1] accumulation dtype
 };
 
 void check(const CrossEntropyStatistics&);

@@ -191,18 +191,33 @@ bool is_given_away(const Tensor& kept) {
   return !is_traced(kept) && !torch::autograd::get_current_graph_task_keep_graph();
 }
 
+namespace {
+
+// A scalar's ratio is the kernel's own; of one number per target it is computed here.
+void rescale(const char* op, Tensor& kept, const Tensor& loss_grad, const Tensor& loss_scale) {
+  const auto type = accumulation_type(kept);
+  const bool scalar = loss_grad.dim() == 0;
+  const Tensor given =
+      (scalar ? loss_grad : kept_ratio(op, loss_grad, loss_scale)).to(type).reshape({1});
+  const Tensor promised = scalar ? loss_scale.to(loss_grad.scalar_type()).to(type).view({1})
+                                 : at::ones({1}, given.options());
+  const Tensor rows = with_rows(op, "kept", kept);
+  run_on_cuda(
+      kept, CrossEntropyRescale{
+                .logits_grad = view_rows(rows), .given = view(given), .promised = view(promised)});
+  if (!rows.is_same(kept)) kept.copy_(rows);
+}
+
+}  // namespace
+
 // On CUDA, where nothing is read back, the kernel sees that there is nothing to do.
 void fulfil_inplace(const char* op, Tensor& kept, const Tensor& loss_grad,
                     const Tensor& loss_scale) {
-  if (!kept.is_meta()) {
+  if (kept.is_cuda()) {
+    rescale(op, kept, loss_grad, loss_scale);
+  } else if (!kept.is_meta()) {
     const Tensor ratio = kept_ratio(op, loss_grad, loss_scale).to(accumulation_type(kept));
-    if (kept.is_cuda()) {
-      const Tensor rows = with_rows(op, "kept", kept);
-      run_on_cuda(kept, CrossEntropyRescale{.logits_grad = view_rows(rows), .ratio = view(ratio)});
-      if (!rows.is_same(kept)) kept.copy_(rows);
-    } else if (ratio.item<double>() != 1) {
-      kept.mul_(ratio);
-    }
+    if (ratio.item<double>() != 1) kept.mul_(ratio);
   }
   bump_version(kept);
 }

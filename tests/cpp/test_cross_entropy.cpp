@@ -159,8 +159,9 @@ TEST(CrossEntropy, ArgumentsThatDoNotFitAreRefused) {
   CrossEntropyGradient gradient = tensors.third();
   gradient.logits_grad = tensors.statistics;
   EXPECT_THROW(check(gradient), Error);
-  EXPECT_NO_THROW(check(CrossEntropyRescale{tensors.logits_grad, tensors.count}));
-  EXPECT_THROW(check(CrossEntropyRescale{tensors.logits_grad, tensors.row_loss}), Error);
+  EXPECT_NO_THROW(check(CrossEntropyRescale{tensors.logits_grad, tensors.count, tensors.loss}));
+  EXPECT_THROW(check(CrossEntropyRescale{tensors.logits_grad, tensors.row_loss, tensors.loss}),
+               Error);
 }
 
 }  // namespace

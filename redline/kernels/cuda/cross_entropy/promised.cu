@@ -5,20 +5,28 @@ namespace redline {
 namespace cuda {
 namespace {
 
+template <typename T>
+struct Rescaled {
+  T* data;
+  int64_t stride, rows;
+  int cols;
+};
+
 // As few blocks as fill the device: where the promise was kept they end at once.
 template <typename T, bool Aligned>
 __global__ void __launch_bounds__(most_threads)
-    rescale_kernel(T* data, int64_t stride, int64_t rows, int cols, const float* ratio) {
+    rescale_kernel(Rescaled<T> out, const float* given, const float* promised) {
   constexpr int N = vector_size<T>;
-  const float by = *ratio;
-  if (by == 1.0f) return;
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    for (int col = threadIdx.x * N; col < cols; col += most_threads * N) {
-      const Packed<T> packed = load<T>(data + row * stride, col, cols, Aligned);
+  wait_for_previous_launch();
+  if (*given == *promised) return;
+  const float by = *given / *promised;
+  for (int64_t row = blockIdx.x; row < out.rows; row += gridDim.x) {
+    for (int col = threadIdx.x * N; col < out.cols; col += most_threads * N) {
+      const Packed<T> packed = load<T>(out.data + row * out.stride, col, out.cols, Aligned);
       float values[N];
 #pragma unroll
       for (int i = 0; i < N; ++i) values[i] = element(packed, i) * by;
-      store(data + row * stride, col, cols, Aligned, pack<T>(values));
+      store(out.data + row * out.stride, col, out.cols, Aligned, pack<T>(values));
     }
   }
 }
@@ -59,9 +67,13 @@ void run(const CrossEntropyRescale& args, Stream stream) {
     visit_bool(are_aligned("cross_entropy", {{"logits_grad", &grad}}), [&]<bool aligned>() {
       note_choice("the promised gradient by what the promise was off");
       launch(rescale_kernel<T, aligned>,
-             {.grid = dim3(blocks), .block = dim3(most_threads), .stream = stream}, grad.as<T>(),
-             grad.strides[0], grad.sizes[0], static_cast<int>(grad.sizes[1]),
-             args.ratio.as<const float>());
+             {.grid = dim3(blocks),
+              .block = dim3(most_threads),
+              .overlap_previous = stream.capability >= 90,
+              .stream = stream},
+             Rescaled<T>{grad.as<T>(), grad.strides[0], grad.sizes[0],
+                         static_cast<int>(grad.sizes[1])},
+             args.given.as<const float>(), args.promised.as<const float>());
     });
   });
 }
