@@ -2,6 +2,7 @@
 // Rows may start at any address: any vocabulary runs this path. Bound by bytes; of the floor:
 // bench/results.
 #include "redline/kernels/cuda/cross_entropy/gradient.cuh"
+#include "redline/kernels/cuda/device/dependent_launch.cuh"
 
 namespace redline {
 namespace cuda {
@@ -14,6 +15,7 @@ template <typename T, int Threads, bool Aligned>
 __global__ void __launch_bounds__(Threads, 1024 / Threads)
     gradient_kernel(const GradientArgs args) {
   constexpr int N = vector_size<T>, step = Threads * N;
+  wait_for_previous_launch();
   const int64_t row_index = block_row();
   if (row_index >= args.rows) return;
   const T* row = static_cast<const T*>(args.data) + row_index * args.stride;
@@ -73,6 +75,7 @@ void run(const CrossEntropyGradient& args, Stream stream) {
             launch(gradient_kernel<T, threads, aligned>,
                    {.grid = row_grid(device.rows, std::min(pieces, wanted)),
                     .block = dim3(threads),
+                    .overlap_previous = stream.capability >= 90,
                     .stream = stream},
                    device);
           });

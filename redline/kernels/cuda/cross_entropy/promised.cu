@@ -6,7 +6,7 @@ namespace cuda {
 namespace {
 
 template <typename T>
-struct Rescaled {
+struct Kept {
   T* data;
   int64_t stride, rows;
   int cols;
@@ -15,18 +15,18 @@ struct Rescaled {
 // As few blocks as fill the device: where the promise was kept they end at once.
 template <typename T, bool Aligned>
 __global__ void __launch_bounds__(most_threads)
-    rescale_kernel(Rescaled<T> out, const float* given, const float* promised) {
+    rescale_kernel(Kept<T> kept, const float* given, const float* promised) {
   constexpr int N = vector_size<T>;
   wait_for_previous_launch();
   if (*given == *promised) return;
   const float by = *given / *promised;
-  for (int64_t row = blockIdx.x; row < out.rows; row += gridDim.x) {
-    for (int col = threadIdx.x * N; col < out.cols; col += most_threads * N) {
-      const Packed<T> packed = load<T>(out.data + row * out.stride, col, out.cols, Aligned);
+  for (int64_t row = blockIdx.x; row < kept.rows; row += gridDim.x) {
+    for (int col = threadIdx.x * N; col < kept.cols; col += most_threads * N) {
+      const Packed<T> packed = load<T>(kept.data + row * kept.stride, col, kept.cols, Aligned);
       float values[N];
 #pragma unroll
       for (int i = 0; i < N; ++i) values[i] = element(packed, i) * by;
-      store(out.data + row * out.stride, col, out.cols, Aligned, pack<T>(values));
+      store(kept.data + row * kept.stride, col, kept.cols, Aligned, pack<T>(values));
     }
   }
 }
@@ -71,8 +71,7 @@ void run(const CrossEntropyRescale& args, Stream stream) {
               .block = dim3(most_threads),
               .overlap_previous = stream.capability >= 90,
               .stream = stream},
-             Rescaled<T>{grad.as<T>(), grad.strides[0], grad.sizes[0],
-                         static_cast<int>(grad.sizes[1])},
+             Kept<T>{grad.as<T>(), grad.strides[0], grad.sizes[0], static_cast<int>(grad.sizes[1])},
              args.given.as<const float>(), args.promised.as<const float>());
     });
   });

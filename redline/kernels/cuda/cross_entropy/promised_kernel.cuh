@@ -221,6 +221,7 @@ __global__ void __launch_bounds__(Threads, 1024 / Threads)
   constexpr int N = vector_size<T>, step = Threads * N;
   extern __shared__ __align__(128) char dynamic_shared[];
   __shared__ RowMemory<Cluster> memory;
+  wait_for_previous_launch();
   allow_next_launch();
   const int64_t row_index = blockIdx.x / Cluster;
   const int rank = Cluster > 1 ? static_cast<int>(cluster_rank()) : 0;
@@ -296,6 +297,7 @@ void launch_promised(PromisedArgs args, Stream stream) {
           .block = dim3(Threads),
           .shared_bytes = bytes + args.room,
           .cluster = Cluster,
+          .overlap_previous = true,
           .stream = stream},
          args);
 }

@@ -25,6 +25,7 @@ __global__ void __launch_bounds__(Threads, 1024 / Threads)
     statistics_kernel(const StatisticsArgs args) {
   constexpr int N = vector_size<T>, step = Threads * N;
   __shared__ float scratch[statistics_scratch];
+  wait_for_previous_launch();
   allow_next_launch();
   const int64_t row_index = block_row();
   if (row_index >= args.rows) return;
@@ -84,7 +85,10 @@ void launch_statistics(const CrossEntropyStatistics& args, Stream stream) {
       visit_bool(are_aligned("cross_entropy", {{"logits", &args.logits}}, realigned),
                  [&]<bool aligned>() {
                    launch(statistics_kernel<T, threads, aligned, Predict>,
-                          {.grid = row_grid(device.rows), .block = dim3(threads), .stream = stream},
+                          {.grid = row_grid(device.rows),
+                           .block = dim3(threads),
+                           .overlap_previous = stream.capability >= 90,
+                           .stream = stream},
                           device);
                  });
     });
