@@ -152,6 +152,15 @@ def test_another_upstream_gradient_rescales(dtype, cols, reduction, scale, devic
     assert_close(grad.cpu(), truth.cpu(), dtype, roundings=3, sums=16)
 
 
+@pytest.mark.parametrize("rows", [9, 1025, 65536, 65537])
+def test_a_mean_divides_by_the_rows_that_count(rows, device):
+    logits, targets = draw((rows, 8), torch.float32, device, ignored=rows // 3)
+    count = torch.tensor(float(rows - rows // 3), device=device)
+    up = torch.ones((), device=device)
+    expected = call(logits, targets, "sum", up=up / count, promise=up / count)[1]
+    contract.equal_bits([call(logits, targets, up=up, promise=up)[1]], [expected])
+
+
 def test_another_upstream_gradient_of_none_is_refused(device):
     logits, targets = draw((9, 256), torch.float32, device)
     promise = torch.ones(9, device=device)

@@ -135,6 +135,14 @@ CrossEntropyGradient gradient_of(const CrossEntropyPromise& args) {
           .softcap = args.softcap};
 }
 
+void check(const CrossEntropyCount& args) {
+  const int64_t rows = args.targets.sizes[0];
+  check_target_vector(args.targets, rows);
+  REDLINE_CHECK(rows <= counted_rows, op, ": targets: expected at most ", counted_rows, ", not ",
+                rows);
+  check_values(op, "count", args.count, 1, DType::float32);
+}
+
 void check(const CrossEntropyPromise& args) {
   check(statistics_of(args));
   check(gradient_of(args));

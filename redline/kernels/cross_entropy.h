@@ -67,6 +67,15 @@ struct CrossEntropyGradient {
   double softcap = 0;
 };
 
+// What a mean divides by: the number of targets that are not ignored.
+struct CrossEntropyCount {
+  TensorView targets;  // [rows] int64, at most counted_rows
+  TensorView count;    // [1] float32, out
+  int64_t ignore_index = -100;
+};
+
+constexpr int64_t counted_rows = 65536;  // by one block
+
 // Statistics and gradient in one pass, under an upstream gradient that is known before the loss:
 // the logits are read once where a row fits into the shared memory of a cluster. Rows that are
 // ignored are not read, unless predictions are asked for.
@@ -98,6 +107,7 @@ struct CrossEntropyRescale {
 void check(const CrossEntropyStatistics&);
 void check(const CrossEntropyLoss&);  // on the CPU check_targets() too
 void check(const CrossEntropyGradient&);
+void check(const CrossEntropyCount&);
 void check(const CrossEntropyPromise&);
 void check(const CrossEntropyRescale&);
 
@@ -112,10 +122,11 @@ void finish(const CrossEntropyLoss&);
 void run(const CrossEntropyGradient&, Range rows);
 void run(const CrossEntropyPromise&, Range rows);
 
-// CUDA. The loss includes the sum.
+// CUDA. The loss includes the sum. Counting is ATen's elsewhere.
 void run(const CrossEntropyStatistics&, Stream);
 void run(const CrossEntropyLoss&, Stream);
 void run(const CrossEntropyGradient&, Stream);
+void run(const CrossEntropyCount&, Stream);
 void run(const CrossEntropyPromise&, Stream);
 void run(const CrossEntropyRescale&, Stream);
 

@@ -30,7 +30,7 @@ void write_promise(const Tensor& logits, const Tensor& targets, const Promise& o
   const auto type = accumulation_type(logits);
   Tensor loss_scale, count;
   if (options.reduction == "mean") {
-    count = mean_divisor(targets, options.ignore_index, type).view({1});
+    count = mean_divisor(rows, options.ignore_index, type).view({1});
   }
   const CrossEntropyPromise args{
       .logits = view_rows(logits),
@@ -166,7 +166,14 @@ void check_loss_scale(const char* op, const Tensor& targets, const CrossEntropyO
 }
 
 Tensor mean_divisor(const Tensor& targets, int64_t ignore_index, at::ScalarType dtype) {
-  return targets.ne(ignore_index).sum(dtype);
+  if (!targets.is_cuda() || dtype != at::kFloat || targets.numel() > counted_rows) {
+    return targets.ne(ignore_index).sum(dtype);
+  }
+  Tensor count = at::empty({}, targets.options().dtype(dtype));
+  run_on_cuda(targets, CrossEntropyCount{.targets = view(targets),
+                                         .count = view(count.view({1})),
+                                         .ignore_index = ignore_index});
+  return count;
 }
 
 Tensor kept_ratio(const char* op, const Tensor& loss_grad, const Tensor& loss_scale) {

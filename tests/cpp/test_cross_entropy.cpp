@@ -159,6 +159,8 @@ TEST(CrossEntropy, ArgumentsThatDoNotFitAreRefused) {
   CrossEntropyGradient gradient = tensors.third();
   gradient.logits_grad = tensors.statistics;
   EXPECT_THROW(check(gradient), Error);
+  EXPECT_NO_THROW(check(CrossEntropyCount{tensors.targets, tensors.count}));
+  EXPECT_THROW(check(CrossEntropyCount{tensors.targets, tensors.row_loss}), Error);
   EXPECT_NO_THROW(check(CrossEntropyRescale{tensors.logits_grad, tensors.count, tensors.loss}));
   EXPECT_THROW(check(CrossEntropyRescale{tensors.logits_grad, tensors.row_loss, tensors.loss}),
                Error);

@@ -5,6 +5,26 @@ namespace redline {
 namespace cuda {
 namespace {
 
+constexpr int count_threads = 1024;
+
+__global__ void __launch_bounds__(count_threads)
+    count_kernel(const int64_t* targets, int rows, int64_t ignore_index, float* count) {
+  __shared__ int counts[count_threads / 32];
+  wait_for_previous_launch();
+  allow_next_launch();
+  int own = 0;
+#pragma unroll 8
+  for (int row = threadIdx.x; row < rows; row += count_threads) {
+    own += targets[row] != ignore_index ? 1 : 0;
+  }
+  const int lane = threadIdx.x % 32, of_warp = __reduce_add_sync(~0u, own);
+  if (lane == 0) counts[threadIdx.x / 32] = of_warp;
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  const int of_block = __reduce_add_sync(~0u, counts[lane]);
+  if (lane == 0) *count = static_cast<float>(of_block);
+}
+
 template <typename T>
 struct Kept {
   T* data;
@@ -56,6 +76,18 @@ void run(const CrossEntropyPromise& args, Stream stream) {
   }
   if (args.predictions) return run_with_predictions(args, cluster, stream);
   launch_promises<false>(args, cluster, stream);
+}
+
+void run(const CrossEntropyCount& args, Stream stream) {
+  using namespace cuda;
+  note_choice("one block counts what a mean divides by");
+  launch(count_kernel,
+         {.grid = dim3(1),
+          .block = dim3(count_threads),
+          .overlap_previous = stream.capability >= 90,
+          .stream = stream},
+         args.targets.as<const int64_t>(), static_cast<int>(args.targets.sizes[0]),
+         args.ignore_index, args.count.as<float>());
 }
 
 void run(const CrossEntropyRescale& args, Stream stream) {
