@@ -101,6 +101,26 @@ def test_rows_of_many_tokens(counts, dtype, device):
     assert torch.equal(grad.cpu(), in_chunks(y_grad, tokens, len(counts), chunk).to(dtype))
 
 
+@pytest.mark.parametrize("count", [512, 513, 2049, 5000, 9000])
+def test_any_number_of_runs(count, device):
+    """Of 512 tokens, each of which holds some of every row."""
+    tokens = tokens_of((count,), 90, device)
+    y_grad = randn(count, 8, dtype=torch.float32, device=device, scale=10.0)
+    grad = torch.ops.redline.embedding_backward(y_grad, tokens, 90)
+    chunk = 64 if device == "cuda" else count
+    assert torch.equal(grad.cpu(), in_chunks(y_grad, tokens, 90, chunk))
+
+
+def test_accumulates_more_than_is_read_ahead(device):
+    """A y_grad of more than 24 MB, into a float32 buffer."""
+    tokens = tokens_of((1600,), 700, device)
+    y_grad = randn(1600, 8192, dtype=torch.bfloat16, device=device)
+    buffer = randn(700, 8192, dtype=torch.float32, device=device)
+    expected = buffer.cpu() + in_order(y_grad, tokens, 700)
+    torch.ops.redline.embedding_backward_into(buffer, y_grad, tokens)
+    assert torch.equal(buffer.cpu(), expected)
+
+
 @pytest.mark.parametrize("wide_buffer", [False, True], ids=["same", "float32"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_accumulates_into_a_buffer(dtype, wide_buffer, device):
