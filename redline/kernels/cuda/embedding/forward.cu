@@ -1,4 +1,5 @@
 // Copies rows (kernels/embedding.h). Bound by bytes; of the floor: bench/results.
+#include "redline/kernels/cuda/device/dependent_launch.cuh"
 #include "redline/kernels/cuda/embedding/tokens.cuh"
 
 namespace redline {
@@ -23,6 +24,7 @@ constexpr int64_t streaming_bytes = 32 << 20;
 
 template <typename T, int V>
 __global__ void __launch_bounds__(forward_threads) forward_kernel(const Forward args) {
+  wait_for_previous_launch();
   const int lane = threadIdx.x % args.lanes, rows = forward_threads / args.lanes;
   const int64_t row = int64_t{blockIdx.x} * rows + threadIdx.x / args.lanes;
   if (threadIdx.x >= rows * args.lanes || row >= args.tokens.count) return;
@@ -59,6 +61,7 @@ void launch_forward(Forward args, Stream stream) {
   launch(forward_kernel<T, V>,
          {.grid = dim3(ceil_div(args.tokens.count, forward_threads / args.lanes)),
           .block = dim3(forward_threads),
+          .overlap_previous = stream.capability >= 90,
           .stream = stream},
          args);
 }
