@@ -160,8 +160,14 @@ __device__ __forceinline__ void work_ahead(const Ahead& ahead) {
   }
 }
 
-constexpr int join_tokens = 128, join_parts = 8;  // of a block; of the runs, side by side
+constexpr int join_tokens = 128, join_parts = 8;  // of a block, at most; of the runs, side by side
 constexpr int join_threads = join_tokens * join_parts;
+
+// So many that about 128 blocks share them.
+int join_tokens_of(int runs) {
+  return std::clamp(static_cast<int>(std::bit_ceil(4u * static_cast<unsigned>(runs))), 32,
+                    join_tokens);
+}
 
 // How many keys of a run are below both.
 __device__ __forceinline__ void add_below(const uint32_t* run, const uint32_t (&key)[2],
@@ -186,13 +192,13 @@ __global__ void __launch_bounds__(join_threads)
   }
   wait_for_previous_launch();
   allow_next_launch();
-  for (int i = threadIdx.x; i < runs * run_tokens / 4; i += join_threads) {
+  for (int i = threadIdx.x; i < runs * run_tokens / 4; i += blockDim.x) {
     reinterpret_cast<uint4*>(all)[i] = reinterpret_cast<const uint4*>(to.keys)[i];
   }
   __syncthreads();
-  const int own = threadIdx.x % join_tokens, part = threadIdx.x / join_tokens;
+  const int count = blockDim.x / join_parts, own = threadIdx.x % count, part = threadIdx.x / count;
   const int index =
-      (blockIdx.x - ahead.blocks) * join_tokens + own;  // any order: the place is what counts
+      (blockIdx.x - ahead.blocks) * count + own;  // any order: the place is what counts
   const uint32_t key = all[index], row = key >> position_bits;
   int below[2] = {};  // the key itself, the first that its row may have
   for (int run = part; run < runs; run += join_parts) {
@@ -237,13 +243,14 @@ Ahead ahead_of(const EmbeddingBackward& args, const Tokens& tokens, bool aligned
 void sort_by_runs(const EmbeddingBackward& args, Tokens tokens, const Ahead& ahead, Stream stream) {
   const Workspace at = workspace_of(args);
   const int runs = static_cast<int>(ceil_div(tokens.count, run_tokens));
+  const int joined = join_tokens_of(runs);
   note_choice(tokens.count, " tokens, up to ", run_tokens * most_runs, " by runs: each of ",
               run_tokens, " is sorted, then a token's place is looked for in every one");
   launch(runs_kernel, {.grid = dim3(runs, run_parts), .block = dim3(run_tokens), .stream = stream},
          tokens, args.padding_index, at);
   launch(join_kernel,
-         {.grid = dim3(ahead.blocks + runs * run_tokens / join_tokens),
-          .block = dim3(join_threads),
+         {.grid = dim3(ahead.blocks + runs * run_tokens / joined),
+          .block = dim3(joined * join_parts),
           .shared_bytes = runs * run_tokens * 4,
           .overlap_previous = stream.capability >= 90,
           .stream = stream},
