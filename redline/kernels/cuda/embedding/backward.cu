@@ -10,8 +10,8 @@ namespace cuda {
 namespace {
 
 constexpr int sum_threads = 128;
-constexpr int window = 8;       // sorted places of a group of threads
-constexpr int sum_vectors = 8;  // tokens or chunks in flight per thread
+constexpr int most_window = 16;  // sorted places of a group of threads
+constexpr int sum_vectors = 8;   // tokens or chunks in flight per thread
 
 struct Backward {
   const void* y_grad;
@@ -20,6 +20,7 @@ struct Backward {
   float* partial;
   int64_t y_grad_stride, weight_grad_stride, count, vocabulary, hidden;
   int lanes, slices;             // threads of a row, and blocks beside each other that share it
+  int window;                    // sorted places of a group of threads
   int zero_rows;                 // of a block that writes zeros, a power of two, 32 at most
   int64_t sum_blocks, zero_end;  // the blocks after these write zeros, up to this row
 };
@@ -52,7 +53,7 @@ struct alignas(16) Place {
 
 // The places of a block and those that its last chunk may reach.
 struct Places {
-  static constexpr int most = sum_threads * window;
+  static constexpr int most = sum_threads * most_window;
   Place at[most + chunk];
   int starts[sum_threads + 1];  // per group, of its first chunk; the last: of the block's end
   int end;                      // of the places of rows of the vocabulary
@@ -88,7 +89,7 @@ __device__ __forceinline__ Place read_place(const Backward& args, int64_t at) {
 
 __device__ __forceinline__ void load_places(const Backward& args, int64_t base, int groups,
                                             Places& places) {
-  const int count = static_cast<int>(min(int64_t{groups} * window + chunk, args.count - base));
+  const int count = static_cast<int>(min(int64_t{groups} * args.window + chunk, args.count - base));
   if (threadIdx.x == 0) places.end = count;
   __syncthreads();
   for (int i = threadIdx.x; i < count; i += sum_threads) {
@@ -96,7 +97,7 @@ __device__ __forceinline__ void load_places(const Backward& args, int64_t base, 
     if (args.rows[base + i] >= args.vocabulary) atomicMin(&places.end, i);
   }
   for (int g = static_cast<int>(threadIdx.x) / 32; g <= groups; g += sum_threads / 32) {
-    const int start = first_start(args, base, g * window);
+    const int start = first_start(args, base, g * args.window);
     if (threadIdx.x % 32 == 0) places.starts[g] = start;
   }
   __syncthreads();
@@ -154,7 +155,7 @@ __device__ __forceinline__ void sum_window(const Backward& args, int64_t block) 
   __shared__ Places places;
   const int groups = sum_threads / args.lanes, group = static_cast<int>(threadIdx.x) / args.lanes;
   const int slice = static_cast<int>(block % args.slices);
-  load_places(args, block / args.slices * groups * window, groups, places);
+  load_places(args, block / args.slices * groups * args.window, groups, places);
   if (group >= groups) return;
   const Slice<V> columns(static_cast<int>(threadIdx.x) % args.lanes, args.lanes, slice,
                          args.slices);
@@ -260,7 +261,9 @@ void launch_sum(Backward args, Stream stream) {
   const int64_t vectors = ceil_div(args.hidden, V);
   args.lanes = static_cast<int>(std::clamp<int64_t>(vectors, 1, sum_threads));
   args.slices = static_cast<int>(std::clamp<int64_t>(ceil_div(vectors, sum_threads), 1, 4096));
-  args.sum_blocks = ceil_div(args.count, int64_t{sum_threads / args.lanes} * window) * args.slices;
+  args.window = args.count < 16384 ? 8 : most_window;  // few: more blocks are worth more
+  const int64_t places = int64_t{sum_threads / args.lanes} * args.window;  // of a block
+  args.sum_blocks = ceil_div(args.count, places) * args.slices;
   args.zero_rows = zero_rows_of(args.hidden * int64_t{sizeof(Out)});
   const int64_t zero_blocks = Accumulate ? 0 : ceil_div(args.zero_end, args.zero_rows);
   const bool overlaps = stream.capability >= 90;
@@ -315,6 +318,7 @@ void run(const EmbeddingBackward& embedding, Stream stream) {
                          .hidden = weight_grad.sizes[1],
                          .lanes = 1,
                          .slices = 1,
+                         .window = 1,
                          .zero_rows = 1,
                          .sum_blocks = 0,
                          .zero_end = tokens.vocabulary - ahead.zero_rows};

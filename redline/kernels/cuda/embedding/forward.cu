@@ -7,7 +7,7 @@ namespace cuda {
 namespace {
 
 constexpr int forward_threads = 256;
-constexpr int forward_vectors = 4;  // in flight per thread
+constexpr int forward_vectors = 2;  // in flight per thread
 
 struct Forward {
   Tokens tokens;
