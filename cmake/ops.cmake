@@ -18,6 +18,7 @@ add_library(
   ${REDLINE_OP_SOURCES}
   redline/ops/activation_part.cpp
   redline/ops/adamw_optimizer.cpp
+  redline/ops/attention_plain.cpp
   redline/ops/cross_entropy_inner.cpp
   redline/ops/cross_entropy_promise.cpp
   redline/ops/fused_linear_cross_entropy_chunks.cpp

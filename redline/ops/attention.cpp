@@ -1,9 +1,8 @@
 #include "redline/ops/attention.h"
 
-#include <ATen/SDPBackend.h>
-
 #include <cmath>
 
+#include "redline/ops/attention_plain.h"
 #include "redline/ops/registration.h"
 #include "redline/ops/run.h"
 #include "redline/ops/softmax.h"
@@ -121,44 +120,6 @@ std::optional<Fallback> unserved(const Tensor& q, const Tensor& k,
   const bool aligned = window.after < 0 || q.sym_size(1) == k.sym_size(1) || q.sym_size(1) == 1;
   if (!aligned) return option("causal", "give as many queries as keys, or one");
   return std::nullopt;
-}
-
-// Tells a watcher which of torch's kernels will run.
-void note_torch(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
-                const AttentionOptions& options) {
-  if (watcher() == nullptr || q.is_meta() || q.key_set().has(c10::DispatchKey::Python)) return;
-  const bool grouped = q.sym_size(1) != k.sym_size(1);
-  const int64_t backend = at::_fused_sdp_choice(q, k, v, /*attn_mask=*/{}, /*dropout_p=*/0.0,
-                                                causal, options.scale, grouped);
-  if (static_cast<at::SDPBackend>(backend) == at::SDPBackend::math) {
-    note_fallback({op_name, "q", "use a 16-bit dtype and a head_dim that torch's kernels have"},
-                  "torch has no fused kernel for ", c10::str(q.scalar_type()), " heads of ",
-                  q.size(-1), ": products and a softmax that hold all scores");
-  } else {
-    note_choice("torch's fused kernel: no option asks for more");
-  }
-}
-
-// Each key head for all of the query heads that share it.
-Tensor repeat_heads(const Tensor& tensor, const c10::SymInt& heads, int64_t axis) {
-  if (tensor.sym_size(axis) == heads) return tensor;
-  return at::repeat_interleave_symint(tensor, heads / tensor.sym_size(axis), axis);
-}
-
-Tensor attend_plain(const Tensor& q, const Tensor& key, const Tensor& value,
-                    const AttentionOptions& options) {
-  const bool causal = window_of(options).after == 0 && q.sym_size(1) != 1;
-  // Float32 on CUDA: torch's only kernel for fewer key heads keeps all probabilities.
-  const bool repeats = q.is_cuda() && q.scalar_type() == at::kFloat;
-  const Tensor k = repeats ? repeat_heads(key, q.sym_size(2), 2) : key;
-  const Tensor v = repeats ? repeat_heads(value, q.sym_size(2), 2) : value;
-  const bool grouped = q.sym_size(2) != k.sym_size(2);
-  const Tensor queries = q.transpose(1, 2), keys = k.transpose(1, 2), values = v.transpose(1, 2);
-  note_torch(queries, keys, values, causal, options);
-  return at::scaled_dot_product_attention(queries, keys, values, /*attn_mask=*/{},
-                                          /*dropout_p=*/0.0, causal, options.scale, grouped)
-      .transpose(1, 2)
-      .contiguous();  // torch's math kernel lays the heads first
 }
 
 // --- the reference path -------------------------------------------------------------------------
@@ -279,7 +240,9 @@ Results run(const Tensor& query, const Tensor& key, const Tensor& value,
   const auto reason = unserved(q, k, options);
   if (!reason) {
     const auto none = q.options().dtype(accumulation_type(q));
-    return {attend_plain(q, k, v, options), at::empty({0}, none), at::empty({0}, none)};
+    const bool causal = window_of(options).after == 0 && q.sym_size(1) != 1;
+    return {attend_plain(q, k, v, {causal, options.scale}), at::empty({0}, none),
+            at::empty({0}, none)};
   }
   note_fallback(*reason,
                 "torch's fused kernels do not serve it: products and a masked softmax that "
@@ -347,7 +310,7 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
       "-> (Tensor out, Tensor log_sum_exp, Tensor max_logit)");
 }
 
-// A composition of differentiable ops: tracing and autograd see those.
+// A composition of differentiable ops, or our node of autograd: tracing sees ops alone.
 TORCH_LIBRARY_IMPL(redline, CompositeImplicitAutograd, m) { m.impl("attention", composed); }
 TORCH_LIBRARY_IMPL(redline, FuncTorchBatched, m) { refuse_vmap(m, {"attention"}); }
 

@@ -7,9 +7,10 @@
 // Plain and causal attention run on torch's own choice of kernel, without a mask: cuDNN, flash or
 // memory-efficient on CUDA, flash on CPU. Windows, packed sequences, sinks, softcaps, statistics,
 // causal attention with queries != keys, and `deterministic` on CUDA run a reference path: scores
-// in float32, as large as they are, our softmax, then the product. The op is a composition of
-// differentiable ops: what it keeps for backward is theirs (fused: q, k, v, out and one float32 per
-// row; reference path: the scores and probabilities).
+// in float32, as large as they are, our softmax, then the product. A fused kernel of torch's is one
+// node of autograd (ops/attention_plain.h), which keeps q, k, v, out and one float32 per row; the
+// rest is a composition of differentiable ops and keeps what they do (reference path: the scores
+// and probabilities).
 // Not repeatable: torch's CUDA kernels give other bits in each backward; deterministic = true, or
 // torch's own deterministic flag, gives the same. Dropout and a given rng_state are not built.
 #pragma once
