@@ -103,9 +103,9 @@ struct BiasDropoutAddFunction {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [y, rng_state] = call_forward(x, bias, residual, probability, training);
     ctx->save_for_backward({rng_state, value(bias)});
-    ctx->saved_data["x_dtype"] = x.scalar_type();
-    ctx->saved_data["probability"] = probability;
-    ctx->saved_data["random"] = training && probability > 0;
+    const bool random = training && probability > 0;
+    ctx->saved_data["node"] = static_cast<int64_t>(x.scalar_type()) << 1 | random;
+    if (random || bias) ctx->saved_data["probability"] = probability;
     return {y};
   }
 
@@ -117,10 +117,12 @@ struct BiasDropoutAddFunction {
     const variable_list saved = ctx->get_saved_variables();
     const BelowAutograd below(grads);
     const Tensor &y_grad = grads[0], &bias = saved[1];
-    const auto x_dtype = ctx->saved_data["x_dtype"].toScalarType();
+    const int64_t node = ctx->saved_data["node"].toInt();
+    const auto x_dtype = static_cast<at::ScalarType>(node >> 1);
     const bool needs_bias = bias.defined() && ctx->needs_input_grad(1);
-    if (!needs_bias && !ctx->saved_data["random"].toBool()) {
-      return {y_grad.to(x_dtype), Tensor(), y_grad, Tensor(), Tensor()};
+    if (!needs_bias && (node & 1) == 0) {
+      const bool same = y_grad.scalar_type() == x_dtype;
+      return {same ? y_grad : y_grad.to(x_dtype), Tensor(), y_grad, Tensor(), Tensor()};
     }
     const auto [x_grad, bias_grad] = op.call(y_grad, saved[0], optional(bias), x_dtype,
                                              ctx->saved_data["probability"].toDouble(), needs_bias);
