@@ -12,9 +12,11 @@ from redline import ops
 NAME = "PlainFunction"
 
 
-def leaves(device="cpu", dtype=torch.bfloat16, heads=(4, 2, 2), head_dim=64, queries=16, keys=16):
-    sizes = [(2, length, count, head_dim) for length, count in zip((queries, keys, keys), heads)]
-    drawn = (randn(*size, dtype=dtype, device=device, seed=i) for i, size in enumerate(sizes))
+def leaves(device="cpu", dtype=torch.bfloat16, heads=(4, 2, 2), head_dim=64):
+    drawn = (
+        randn(2, 16, count, head_dim, dtype=dtype, device=device, seed=i)
+        for i, count in enumerate(heads)
+    )
     return [tensor.requires_grad_() for tensor in drawn]
 
 
@@ -151,6 +153,11 @@ def test_heads_that_torch_pads_are_torchs_composition(device):
         theirs = stock(*inputs, is_causal=True, enable_gqa=True)
     assert torch.equal(out, theirs)
     assert not any(NAME in name for name in nodes_between(out, inputs))
+
+
+def test_unasked_outputs_are_none():
+    _, log_sum_exp, max_logit = torch.ops.redline.attention(*leaves(), causal=True)
+    assert log_sum_exp is None and max_logit is None
 
 
 def test_forward_mode_is_torchs_composition():

@@ -209,8 +209,7 @@ Results attend_by_reference(const Tensor& q, const Tensor& k, const Tensor& v, O
   }
   const Tensor probabilities = softmax(scores, mask, options.sink, by_index);
   const Tensor out = at::matmul(probabilities, wide_heads(v, heads)).to(q.scalar_type());
-  Tensor log_sum_exp = at::empty({0}, scores.options());
-  Tensor max_logit = at::empty({0}, scores.options());
+  Tensor log_sum_exp, max_logit;
   if (statistics) {
     Tensor seen = scores * scale;
     if (mask) seen = seen.masked_fill(*mask, -INFINITY);
@@ -239,10 +238,8 @@ Results run(const Tensor& query, const Tensor& key, const Tensor& value,
   const c10::impl::ExcludeDispatchKeyGuard off(c10::autocast_dispatch_keyset);
   const auto reason = unserved(q, k, options);
   if (!reason) {
-    const auto none = q.options().dtype(accumulation_type(q));
     const bool causal = window_of(options).after == 0 && q.sym_size(1) != 1;
-    return {attend_plain(q, k, v, {causal, options.scale}), at::empty({0}, none),
-            at::empty({0}, none)};
+    return {attend_plain(q, k, v, {causal, options.scale}), Tensor(), Tensor()};
   }
   note_fallback(*reason,
                 "torch's fused kernels do not serve it: products and a masked softmax that "

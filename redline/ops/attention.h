@@ -41,8 +41,8 @@ struct AttentionOptions {
 };
 
 // {out, log_sum_exp [batch, heads, queries] or [heads, tokens], max_logit [heads]}, the last two
-// float32 and empty unless asked for. out has q's layout and v's head_dim; a packed token outside
-// all sequences, or a query that sees no key, gives 0.
+// float32, and undefined unless asked for. out has q's layout and v's head_dim; a packed token
+// outside all sequences, or a query that sees no key, gives 0.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tensor& k,
                                                          const at::Tensor& v,
                                                          const AttentionOptions& options = {});
