@@ -1,10 +1,10 @@
 #include "redline/ops/attention_plain.h"
 
 #include <ATen/SDPBackend.h>
-#include <ATen/ops/as_strided_native.h>
 
 #include "redline/core/watch.h"
 #include "redline/ops/below_autograd.h"
+#include "redline/ops/direct_view.h"
 #include "redline/ops/strict.h"
 
 namespace redline::ops {
@@ -20,35 +20,10 @@ struct Heads {
   Tensor q, k, v;
 };
 
-// --- what may pass by torch's own composition ---------------------------------------------------
-
-constexpr c10::DispatchKeySet plain_keys(
-    {c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCPU,
-     c10::DispatchKey::AutogradCUDA, c10::DispatchKey::ADInplaceOrView,
-     c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA});
-
-bool holds_only(c10::DispatchKeySet keys, c10::DispatchKeySet allowed) {
-  return (keys | allowed) == allowed;
-}
-
-// Whether nobody but autograd and autocast looks at the thread's ops.
-bool is_unobserved() {
-  static constexpr auto allowed = plain_keys.add(c10::DispatchKey::BackendSelect);
-  return holds_only(c10::impl::tls_local_dispatch_key_set().included_, allowed);
-}
-
-// Whether the tensor is memory of a CPU or a GPU, no subclass and no other kind.
-bool is_plain(const Tensor& tensor) { return holds_only(tensor.key_set(), plain_keys); }
-
 bool has_tangent(const Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); }
 
-// tensor.transpose(1, 2) below the dispatcher, which takes three times as long.
-Tensor swapped(const Tensor& tensor) {
-  c10::DimVector sizes(tensor.sizes()), strides(tensor.strides());
-  std::swap(sizes[1], sizes[2]);
-  std::swap(strides[1], strides[2]);
-  return at::native::as_strided_tensorimpl(tensor, sizes, strides);
-}
+// [batch, heads, length, head_dim] of [batch, length, heads, head_dim], and back.
+Tensor swapped(const Tensor& tensor) { return swapped_directly(tensor, 1, 2); }
 
 // --- torch's kernels ----------------------------------------------------------------------------
 
@@ -180,9 +155,8 @@ struct PlainFunction {
     const variable_list saved = ctx->get_saved_variables();
     if (!grads[0].defined()) return variable_list(5);
     const BelowAutograd below(grads);
-    const bool passes_by = below.begun() && is_unobserved() && is_plain(grads[0]);
-    const auto swap = [passes_by](const Tensor& tensor) {
-      return passes_by && is_plain(tensor) ? swapped(tensor) : tensor.transpose(1, 2);
+    const auto swap = [](const Tensor& tensor) {
+      return is_private(tensor) ? swapped(tensor) : tensor.transpose(1, 2);
     };
     const PlainNode node = PlainNode::from(ctx);
     variable_list kept(saved.begin() + 3, saved.end());

@@ -19,8 +19,6 @@ class BelowAutograd {
     guard_.emplace();
   }
 
-  bool begun() const { return guard_.has_value(); }
-
  private:
   std::optional<at::AutoDispatchBelowADInplaceOrView> guard_;
 };

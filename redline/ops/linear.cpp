@@ -5,6 +5,7 @@
 
 #include "redline/ops/below_autograd.h"
 #include "redline/ops/dense.h"
+#include "redline/ops/direct_view.h"
 #include "redline/ops/gemm.h"
 #include "redline/ops/registration.h"
 #include "redline/ops/run.h"
@@ -34,6 +35,23 @@ bool is_16_bit(const Tensor& tensor) {
   return tensor.scalar_type() == at::kBFloat16 || tensor.scalar_type() == at::kHalf;
 }
 
+Tensor transposed(const Tensor& matrix) {
+  return is_private(matrix) ? swapped_directly(matrix, 0, 1) : matrix.t();
+}
+
+// y [rows, cols], a temporary, with the leading dimensions of x.
+Tensor as_rows_of(const Tensor& x, const Tensor& y) {
+  if (x.dim() == 2) return y;
+  if (is_private(y) && y.is_contiguous()) {
+    c10::DimVector sizes(x.sizes());
+    sizes.back() = y.size(1);
+    return resized_directly(y, sizes);
+  }
+  c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
+  sizes.back() = y.sym_size(1);
+  return at::_unsafe_view_symint(y, sizes);
+}
+
 void weight_grad_into(const Tensor& buffer, const Tensor& y_grad, const Tensor& x,
                       bool accumulate) {
   TORCH_CHECK(y_grad.dim() == 2 && x.dim() == 2 && y_grad.sym_size(0) == x.sym_size(0), op_name,
@@ -45,7 +63,7 @@ void weight_grad_into(const Tensor& buffer, const Tensor& y_grad, const Tensor& 
               "], not ", buffer.sym_sizes());
   bump_versions({buffer});
   if (x.is_meta()) return;
-  gemm_out({.a = y_grad.t(), .b = x, .out = buffer, .accumulate = accumulate});
+  gemm_out({.a = transposed(y_grad), .b = x, .out = buffer, .accumulate = accumulate});
 }
 
 // --- derivative ---------------------------------------------------------------------------------
@@ -166,23 +184,20 @@ void check_one_rank(const char* op, const std::optional<std::string>& tp_group,
 
 Tensor rows_of(const Tensor& tensor) {
   if (tensor.dim() == 2) return tensor;
+  if (is_private(tensor) && tensor.is_contiguous() && tensor.dim() > 0) {
+    const int64_t cols = tensor.size(-1);
+    return resized_directly(
+        tensor, {c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1)), cols});
+  }
   return tensor.dim() == 1 ? tensor.unsqueeze(0) : tensor.flatten(0, -2);
 }
 
 Tensor product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  const Tensor y = gemm(rows_of(x), weight.t(), {.bias = bias});
-  if (x.dim() == 2) return y;
-  c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
-  sizes.back() = weight.sym_size(0);
-  return at::_unsafe_view_symint(y, sizes);
+  return as_rows_of(x, gemm(rows_of(x), transposed(weight), {.bias = bias}));
 }
 
 Tensor product_input_grad(const Tensor& y_grad, const Tensor& weight) {
-  const Tensor x_grad = gemm(rows_of(y_grad), weight);
-  if (y_grad.dim() == 2) return x_grad;
-  c10::SymDimVector sizes(y_grad.sym_sizes().begin(), y_grad.sym_sizes().end());
-  sizes.back() = weight.sym_size(1);
-  return x_grad.reshape_symint(sizes);
+  return as_rows_of(y_grad, gemm(rows_of(y_grad), weight));
 }
 
 Tensor product_weight_grad(const Tensor& y_grad, const Tensor& x,
@@ -195,7 +210,7 @@ Tensor product_weight_grad(const Tensor& y_grad, const Tensor& x,
                 .accumulate = options.accumulate});
     return {};
   }
-  if (!options.main_grad) return gemm(y_grad.t(), x);
+  if (!options.main_grad) return gemm(transposed(y_grad), x);
   const Tensor dummy = dummy_of(*options.main_grad, x.scalar_type(), options.dummy_grad);
   linear_weight_grad_into(*options.main_grad, y_grad, x, options.accumulate);
   return dummy;
