@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "redline/core/check.h"
 #include "redline/core/dtype.h"
@@ -51,12 +52,9 @@ inline void report_launch(Watcher& watcher, const void* kernel, const LaunchConf
 
 // Attributes are added only when asked for: a cluster attribute of 1 makes a launch of 4,096 blocks
 // almost three times slower than none (H200: 11.9 us against 4.4).
-template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments&&... arguments) {
+inline void launch_kernel(const void* kernel, const LaunchConfig& config, void** arguments) {
   if (config.grid.x == 0 || config.grid.y == 0 || config.grid.z == 0) return;
-  if (Watcher* seen = watcher()) {
-    report_launch(*seen, reinterpret_cast<const void*>(kernel), config);
-  }
+  if (Watcher* seen = watcher()) report_launch(*seen, kernel, config);
   // 48 KiB go without asking; the kernel's static arrays count too, 16 KiB at most.
   if (config.shared_bytes > 32 * 1024) {
     check_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -80,9 +78,15 @@ void launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
   }
-  check_status(cudaLaunchKernelEx(&launch_config, kernel,
-                                  static_cast<Parameters>(std::forward<Arguments>(arguments))...),
-               "launch");
+  check_status(cudaLaunchKernelExC(&launch_config, kernel, arguments), "launch");
+}
+
+// What depends on the kernel's type is a line: the host's compiler repeats it for every kernel.
+template <typename... Parameters>
+void launch(void (*kernel)(Parameters...), const LaunchConfig& config,
+            std::type_identity_t<Parameters>... arguments) {
+  void* addresses[] = {&arguments...};
+  launch_kernel(reinterpret_cast<const void*>(kernel), config, addresses);
 }
 
 // The device type that stores a host dtype's elements.
