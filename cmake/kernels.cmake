@@ -54,7 +54,8 @@ add_cpu_kernels(
   -Wno-maybe-uninitialized) # g++ 12 warns inside its own avx512fintrin.h
 
 if(REDLINE_WITH_CUDA)
-  # One file per op, or a folder of that name where one file outgrew 400 lines.
+  # One file per op, or a folder of that name where one file outgrew 400 lines; sum_chunks is a
+  # launch that several end with.
   set(REDLINE_CUDA_SOURCES
       activation
       adamw
@@ -78,7 +79,8 @@ if(REDLINE_WITH_CUDA)
       norm/rms_forward
       rotary
       softmax/backward
-      softmax/forward)
+      softmax/forward
+      sum_chunks)
   list(TRANSFORM REDLINE_CUDA_SOURCES PREPEND redline/kernels/cuda/)
   list(TRANSFORM REDLINE_CUDA_SOURCES APPEND .cu)
   target_sources(redline_kernels PRIVATE ${REDLINE_CUDA_SOURCES} redline/kernels/cuda/gemm.cpp)

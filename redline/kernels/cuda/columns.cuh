@@ -20,10 +20,11 @@
 // wants_parts().
 #pragma once
 
+#include "redline/kernels/cuda/device/dependent_launch.cuh"
 #include "redline/kernels/cuda/device/reduce.cuh"
 #include "redline/kernels/cuda/device/row_ring.cuh"
 #include "redline/kernels/cuda/elements.cuh"
-#include "redline/kernels/cuda/sum_chunks.cuh"
+#include "redline/kernels/cuda/sum_chunks.h"
 
 namespace redline::cuda {
 namespace {

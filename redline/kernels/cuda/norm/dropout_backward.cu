@@ -6,7 +6,6 @@
 #include "redline/kernels/cuda/norm/dropout.h"
 #include "redline/kernels/cuda/norm/few_rows.h"
 #include "redline/kernels/cuda/norm/row_backward.cuh"
-#include "redline/kernels/cuda/sum_chunks.cuh"
 
 namespace redline::cuda {
 namespace {

@@ -7,9 +7,10 @@
 // the floor: bench/results.
 #pragma once
 
+#include "redline/kernels/cuda/device/dependent_launch.cuh"
 #include "redline/kernels/cuda/device/row_exchange.cuh"
 #include "redline/kernels/cuda/norm/row_terms.cuh"
-#include "redline/kernels/cuda/sum_chunks.cuh"
+#include "redline/kernels/cuda/sum_chunks.h"
 
 namespace redline::cuda {
 namespace {

@@ -1,13 +1,10 @@
-// Second phase of a sum over rows: [chunks, cols] partial sums to [cols], in index order.
-#pragma once
-
 #include <utility>
 
 #include "redline/core/dispatch.h"
-#include "redline/kernels/column_sums.h"
 #include "redline/kernels/cuda/device/convert.cuh"
 #include "redline/kernels/cuda/device/dependent_launch.cuh"
 #include "redline/kernels/cuda/launch.h"
+#include "redline/kernels/cuda/sum_chunks.h"
 
 namespace redline::cuda {
 namespace {
@@ -49,9 +46,9 @@ __global__ void __launch_bounds__(1024)
   }
 }
 
-// `total`: [cols], rounded once, of `partial`: [chunks, cols] float32, contiguous; absent ones are
-// left out. The launch before it on the stream is the one that writes `partial`.
-inline void sum_chunks(ColumnSums first, ColumnSums second, Stream stream) {
+}  // namespace
+
+void sum_chunks(ColumnSums first, ColumnSums second, Stream stream) {
   if (!first.total) std::swap(first, second);
   if (!first.total) return;
   const int64_t chunks = first.partial.sizes[0], cols = first.partial.sizes[1];
@@ -74,5 +71,4 @@ inline void sum_chunks(ColumnSums first, ColumnSums second, Stream stream) {
   });
 }
 
-}  // namespace
 }  // namespace redline::cuda
