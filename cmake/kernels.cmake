@@ -64,6 +64,7 @@ if(REDLINE_WITH_CUDA)
       cross_entropy/loss
       cross_entropy/predictions
       cross_entropy/promised
+      cross_entropy/promised_predictions
       embedding/backward
       embedding/forward
       gated_activation/backward
