@@ -67,7 +67,6 @@ if(REDLINE_WITH_CUDA)
       cross_entropy/promised_predictions
       embedding/backward
       embedding/forward
-      gated_activation/backward
       gated_activation/forward
       gradient_norm
       norm/backward
@@ -84,9 +83,24 @@ if(REDLINE_WITH_CUDA)
       sum_chunks)
   list(TRANSFORM REDLINE_CUDA_SOURCES PREPEND redline/kernels/cuda/)
   list(TRANSFORM REDLINE_CUDA_SOURCES APPEND .cu)
-  target_sources(redline_kernels PRIVATE ${REDLINE_CUDA_SOURCES} redline/kernels/cuda/gemm.cpp)
+  # Those whose kernels take longest to compile: each once per element type, REDLINE_ELEMENT; the
+  # .cpp beside it chooses.
+  set(REDLINE_CUDA_SOURCES_BY_ELEMENT gated_activation/backward)
+  list(TRANSFORM REDLINE_CUDA_SOURCES_BY_ELEMENT PREPEND redline/kernels/cuda/)
+  list(TRANSFORM REDLINE_CUDA_SOURCES_BY_ELEMENT APPEND .cpp OUTPUT_VARIABLE REDLINE_CUDA_CHOICES)
+  list(TRANSFORM REDLINE_CUDA_SOURCES_BY_ELEMENT APPEND .cu)
+  set(REDLINE_CUDA_OPTIONS
+      $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings;-lineinfo;--expt-relaxed-constexpr;
+      -Xcompiler=-Wno-psabi>)
+  foreach(element float bfloat16 float16)
+    add_library(cuda_${element} OBJECT ${REDLINE_CUDA_SOURCES_BY_ELEMENT})
+    target_link_libraries(cuda_${element} PRIVATE redline_core CUDA::cudart)
+    target_compile_definitions(cuda_${element} PRIVATE REDLINE_ELEMENT=${element})
+    target_compile_options(cuda_${element} PRIVATE ${REDLINE_CUDA_OPTIONS})
+    target_sources(redline_kernels PRIVATE $<TARGET_OBJECTS:cuda_${element}>)
+  endforeach()
+  target_sources(redline_kernels PRIVATE ${REDLINE_CUDA_SOURCES} ${REDLINE_CUDA_CHOICES}
+                                         redline/kernels/cuda/gemm.cpp)
   target_link_libraries(redline_kernels PUBLIC CUDA::cudart cublas_lt)
-  target_compile_options(
-    redline_kernels PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings;-lineinfo;
-                            --expt-relaxed-constexpr;-Xcompiler=-Wno-psabi>)
+  target_compile_options(redline_kernels PRIVATE ${REDLINE_CUDA_OPTIONS})
 endif()

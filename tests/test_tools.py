@@ -230,6 +230,15 @@ def test_hopper_kernels_are_for_hopper():
     assert check_spills.is_for(Path("redline/kernels/cuda/norm.cu"), "sm_80")
 
 
+def test_a_file_of_one_element_type_is_compiled_for_each(tmp_path):
+    path = plant(tmp_path, "row.cu", "template void run<REDLINE_ELEMENT>();")
+    found = [option.removeprefix("-DREDLINE_ELEMENT=") for (option,) in check_spills.parts_of(path)]
+    assert (
+        f"foreach(element {' '.join(found)})" in (tools.parent / "cmake/kernels.cmake").read_text()
+    )
+    assert check_spills.parts_of(plant(tmp_path, "whole.cu", "void run();")) == [[]]
+
+
 @pytest.mark.skipif(check_spills.find_nvcc() is None, reason="needs nvcc")
 def test_a_kernel_that_spills_or_does_not_compile_is_found(tmp_path):
     crowd = """

@@ -4,8 +4,9 @@
     check_spills.py --arch sm_90a                 every .cu under redline/kernels/cuda
     check_spills.py --arch sm_80 FILE.cu ...      these
 
-Every file must compile. A spill is a failure in the files given by name and in the listed ones of
-the architecture; elsewhere it is printed.
+Every file must compile: one that names REDLINE_ELEMENT, once for each element type. A spill is a
+failure in the files given by name and in the listed ones of the architecture; elsewhere it is
+printed.
 
 For an architecture before sm_90 Hopper's own kernels (sm90 in the path) are left out.
 """
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 read_for_registers = {
@@ -37,6 +39,7 @@ listed = {  # by architecture: files that must stay free of spills
     "sm_90a": read_for_registers,
     "sm_80": read_for_registers,
 }
+element_types = ("float", "bfloat16", "float16")  # cmake/kernels.cmake
 kernels = Path("redline/kernels/cuda")
 flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin", "-I."]
 
@@ -69,12 +72,19 @@ def is_for(path: Path, arch: str) -> bool:
     return not hopper_only or int(re.sub(r"\D", "", arch)) >= 90
 
 
-def compile_one(nvcc: str, path: Path, arch: str) -> list[str]:
-    command = [nvcc, *flags, f"-arch={arch}", "-o", os.devnull, str(path)]
+def parts_of(path: Path) -> list[list[str]]:
+    """The options that a file is compiled with, once for each."""
+    if "REDLINE_ELEMENT" not in path.read_text():
+        return [[]]
+    return [[f"-DREDLINE_ELEMENT={element}"] for element in element_types]
+
+
+def compile_one(nvcc: str, path: Path, arch: str, part: Sequence[str] = ()) -> list[str]:
+    command = [nvcc, *flags, *part, f"-arch={arch}", "-o", os.devnull, str(path)]
     result = subprocess.run(command, capture_output=True, text=True)
     log = result.stdout + result.stderr
     if result.returncode != 0:
-        return [f"{path}: does not compile for {arch}:\n{log}"]
+        return [f"{' '.join([str(path), *part])}: does not compile for {arch}:\n{log}"]
     return [f"{path}: {arch}: {demangled(fault)}" for fault in spills(log)]
 
 
@@ -99,9 +109,12 @@ def main() -> None:
         sys.exit("spills: there is no nvcc")
     files = options.files or sorted(kernels.rglob("*.cu"))
     files = [path for path in files if is_for(path, options.arch)]
+    parts = [(path, part) for path in files for part in parts_of(path)]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(lambda path: compile_one(nvcc, path, options.arch), files)
-    found = [(path, fault) for path, result in zip(files, results, strict=True) for fault in result]
+        results = pool.map(lambda part: compile_one(nvcc, part[0], options.arch, part[1]), parts)
+    found = [
+        (path, fault) for (path, _), result in zip(parts, results, strict=True) for fault in result
+    ]
     print("\n".join(fault for _, fault in found) or f"spills: none in {len(files)} files")
     strict = listed.get(options.arch, set())
     sys.exit(

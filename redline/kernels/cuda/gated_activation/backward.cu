@@ -4,10 +4,10 @@
 // both, a block of the walk writes its columns' part of each row's sum, and a last launch adds the
 // parts. Bound by bytes; of the floor: bench/results.
 #include "redline/kernels/cuda/columns.cuh"
+#include "redline/kernels/cuda/gated_activation/backward.h"
 #include "redline/kernels/cuda/gated_activation/element.cuh"
 
-namespace redline {
-namespace cuda {
+namespace redline::cuda {
 namespace {
 
 template <typename T, typename Kind>
@@ -241,14 +241,8 @@ void launch_parts(const Op& op, Stream stream) {
 
 }  // namespace
 
-int64_t row_parts(DType dtype, int64_t cols) {
-  return ceil_div(cols, 32 * (16 / element_bytes(dtype)));
-}
-
-}  // namespace cuda
-
-void run(const GatedActivationBackward& args, Stream stream) {
-  using namespace cuda;
+template <typename Host>
+void run_backward(const GatedActivationBackward& args, Stream stream) {
   const bool aligned = are_aligned("gated_activation", {{"gate", &args.gate},
                                                         {"linear", &args.linear},
                                                         {"bias", &args.bias},
@@ -256,13 +250,12 @@ void run(const GatedActivationBackward& args, Stream stream) {
                                                         {"gate_grad", &args.gate_grad},
                                                         {"linear_grad", &args.linear_grad},
                                                         {"y", &args.y}});
-  visit_kind(args.activation.kind, args.gate.dtype, [&]<typename T, typename Kind>() {
+  using T = device_type<Host>;
+  visit_kind<T>(args.activation.kind, [&]<typename Kind>() {
     const Backward<T, Kind> op{common(args, vector_size<T>),       matrix(args.y_grad, false),
                                matrix(args.gate_grad, false),      matrix(args.linear_grad, false),
                                matrix(args.row_scale_grad, false), matrix(args.y, false),
                                static_cast<bool>(args.y),          args.row_parts.as<float>()};
-    REDLINE_CHECK(!args.bias_grad.total || !args.row_scale_grad || args.row_parts,
-                  "gated_activation: row_parts: expected a workspace beside both gradients");
     if (args.bias_grad.total) {
       launch_columns(op, args.bias_grad, aligned, stream);
       if (args.row_scale_grad) launch_parts(op, stream);
@@ -274,4 +267,6 @@ void run(const GatedActivationBackward& args, Stream stream) {
   });
 }
 
-}  // namespace redline
+template void run_backward<REDLINE_ELEMENT>(const GatedActivationBackward&, Stream);
+
+}  // namespace redline::cuda

@@ -114,23 +114,20 @@ Common common(const Args& args, int size) {
           .parameters = parameters(args.activation)};
 }
 
-// Calls visit.operator()<T, Kind>().
-template <typename Visit>
-void visit_kind(GatedActivation kind, DType dtype, Visit visit) {
-  visit_dtype<float, bfloat16, float16>("gated_activation", dtype, [&]<typename Host>() {
-    using T = device_type<Host>;
-    constexpr bool fast = sizeof(T) == 2;
-    switch (kind) {
-      case GatedActivation::swiglu:
-        return visit.template operator()<T, Plain<Silu<fast>>>();
-      case GatedActivation::geglu:
-        return visit.template operator()<T, Plain<Gelu<fast>>>();
-      case GatedActivation::reglu:
-        return visit.template operator()<T, Plain<Relu>>();
-      default:
-        return visit.template operator()<T, Swish<fast>>();
-    }
-  });
+// Calls visit.operator()<Kind>(), for elements T.
+template <typename T, typename Visit>
+void visit_kind(GatedActivation kind, Visit visit) {
+  constexpr bool fast = sizeof(T) == 2;
+  switch (kind) {
+    case GatedActivation::swiglu:
+      return visit.template operator()<Plain<Silu<fast>>>();
+    case GatedActivation::geglu:
+      return visit.template operator()<Plain<Gelu<fast>>>();
+    case GatedActivation::reglu:
+      return visit.template operator()<Plain<Relu>>();
+    default:
+      return visit.template operator()<Swish<fast>>();
+  }
 }
 
 }  // namespace

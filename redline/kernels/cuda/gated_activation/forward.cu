@@ -42,9 +42,12 @@ void run(const GatedActivationForward& args, Stream stream) {
   const bool aligned = are_aligned(
       "gated_activation",
       {{"gate", &args.gate}, {"linear", &args.linear}, {"bias", &args.bias}, {"y", &args.y}});
-  visit_kind(args.activation.kind, args.gate.dtype, [&]<typename T, typename Kind>() {
-    launch_elements(Forward<T, Kind>{common(args, vector_size<T>), matrix(args.y, false)}, aligned,
-                    stream);
+  visit_dtype<float, bfloat16, float16>("gated_activation", args.gate.dtype, [&]<typename Host>() {
+    using T = device_type<Host>;
+    visit_kind<T>(args.activation.kind, [&]<typename Kind>() {
+      launch_elements(Forward<T, Kind>{common(args, vector_size<T>), matrix(args.y, false)},
+                      aligned, stream);
+    });
   });
 }
 
