@@ -69,9 +69,6 @@ if(REDLINE_WITH_CUDA)
       embedding/forward
       gated_activation/forward
       gradient_norm
-      norm/backward
-      norm/dropout_backward
-      norm/dropout_forward
       norm/few_rows
       norm/layer_amax
       norm/layer_forward
@@ -85,7 +82,11 @@ if(REDLINE_WITH_CUDA)
   list(TRANSFORM REDLINE_CUDA_SOURCES APPEND .cu)
   # Those whose kernels take longest to compile: each once per element type, REDLINE_ELEMENT; the
   # .cpp beside it chooses.
-  set(REDLINE_CUDA_SOURCES_BY_ELEMENT gated_activation/backward)
+  set(REDLINE_CUDA_SOURCES_BY_ELEMENT
+      gated_activation/backward
+      norm/backward
+      norm/dropout_backward
+      norm/dropout_forward)
   list(TRANSFORM REDLINE_CUDA_SOURCES_BY_ELEMENT PREPEND redline/kernels/cuda/)
   list(TRANSFORM REDLINE_CUDA_SOURCES_BY_ELEMENT APPEND .cpp OUTPUT_VARIABLE REDLINE_CUDA_CHOICES)
   list(TRANSFORM REDLINE_CUDA_SOURCES_BY_ELEMENT APPEND .cu)

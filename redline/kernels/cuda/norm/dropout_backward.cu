@@ -41,7 +41,9 @@ struct DropoutForm : Form<T, X, Layer, true> {
   using BackwardArgs = DropoutBackward;
 };
 
-// False, and nothing launched, where the kernel does not fit.
+}  // namespace
+
+template <typename Host>
 bool launch_dropout(const NormBackward& norm, Stream stream) {
   if (!norm.rng_state || norm.input_bias_grad.total || !is_aligned(norm)) return false;
   // Whose sums over rows have an order of their own, as they have without dropout.
@@ -50,30 +52,14 @@ bool launch_dropout(const NormBackward& norm, Stream stream) {
       arguments(norm, stream),
       {matrix(norm.input_grad),
        dropout(saved_state(norm.rng_state), true, norm.probability, norm.x.sizes[1])}};
+  using T = device_type<Host>;
   bool launched = false;
-  visit_forms(norm.y_grad.dtype, norm.x.dtype == DType::float32, norm.norm,
-              [&]<typename T, typename X, bool Layer>() {
-                launched = launch_rows<DropoutForm<T, X, Layer>>(args, stream);
-              });
+  visit_forms<T>(norm.x.dtype == DType::float32, norm.norm, [&]<typename X, bool Layer>() {
+    launched = launch_rows<DropoutForm<T, X, Layer>>(args, stream);
+  });
   return launched;
 }
 
-}  // namespace
-
-void run_dropout(const NormBackward& norm, Stream stream) {
-  if (launch_dropout(norm, stream)) {
-    sum_parameters(norm, stream);
-    return;
-  }
-  note_choice("two kernels, one after the other: the norm's, then bias_dropout_add's");
-  NormBackward rest = norm;
-  rest.rng_state = rest.input_grad = {};
-  rest.input_bias_grad = {};
-  run(rest, stream);
-  BiasDropoutAddBackward input = input_gradient(norm);
-  // Without dropout it is x_grad, which is written once more as it is.
-  if (!input.x_grad) input.x_grad = norm.x_grad;
-  run(input, stream);
-}
+template bool launch_dropout<REDLINE_ELEMENT>(const NormBackward&, Stream);
 
 }  // namespace redline::cuda

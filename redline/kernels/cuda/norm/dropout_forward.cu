@@ -47,7 +47,9 @@ struct DropoutForm : Form<T, X, Layer, true> {
   using ForwardArgs = DropoutForward;
 };
 
-// False, and nothing launched, where the kernel does not fit.
+}  // namespace
+
+template <typename Host>
 bool launch_dropout(const NormForward& norm, Stream stream) {
   if (norm.x.sizes[0] == 0 || !is_aligned(norm)) return false;
   const bool random = static_cast<bool>(norm.rng_state);
@@ -55,24 +57,14 @@ bool launch_dropout(const NormForward& norm, Stream stream) {
       arguments(norm),
       {matrix(norm.input_bias), dropout(norm.philox, random, norm.probability, norm.x.sizes[1]),
        norm.rng_state.as<int64_t>()}};
+  using T = device_type<Host>;
   bool launched = false;
-  visit_forms(norm.y.dtype, norm.residual.dtype == DType::float32, norm.norm,
-              [&]<typename T, typename X, bool Layer>() {
-                launched = launch_held<DropoutForm<T, X, Layer>>(args, stream);
-              });
+  visit_forms<T>(norm.residual.dtype == DType::float32, norm.norm, [&]<typename X, bool Layer>() {
+    launched = launch_held<DropoutForm<T, X, Layer>>(args, stream);
+  });
   return launched;
 }
 
-}  // namespace
-
-void run_dropout(const NormForward& norm, Stream stream) {
-  if (launch_dropout(norm, stream)) return;
-  note_choice("two kernels, one after the other: bias_dropout_add's, then the norm's");
-  run(input_sum(norm), stream);
-  NormForward rest = norm;
-  rest.x = norm.sum;
-  rest.residual = rest.sum = rest.input_bias = rest.rng_state = {};
-  run(rest, stream);
-}
+template bool launch_dropout<REDLINE_ELEMENT>(const NormForward&, Stream);
 
 }  // namespace redline::cuda

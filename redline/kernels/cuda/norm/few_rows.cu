@@ -227,12 +227,15 @@ void run_few_rows(const NormBackward& norm, Stream stream) {
   const FewRows args = {arguments(norm, stream), parameter(norm.weight_grad),
                         parameter(norm.bias_grad), 0,
                         sums ? static_cast<uint32_t>(ceil_div(norm.x.sizes[1], block_columns)) : 0};
-  visit_forms(norm.y_grad.dtype, norm.x.dtype == DType::float32, norm.norm,
-              [&]<typename T, typename X, bool Layer>() {
-                visit_bool(is_aligned(norm), [&]<bool Aligned>() {
-                  launch_few_rows<Form<T, X, Layer, Aligned>>(args, stream);
-                });
-              });
+  visit_dtype<float, bfloat16, float16>("norm", norm.y_grad.dtype, [&]<typename Host>() {
+    using T = device_type<Host>;
+    const bool is_wide = norm.x.dtype == DType::float32;
+    visit_forms<T>(is_wide, norm.norm, [&]<typename X, bool Layer>() {
+      visit_bool(is_aligned(norm), [&]<bool Aligned>() {
+        launch_few_rows<Form<T, X, Layer, Aligned>>(args, stream);
+      });
+    });
+  });
 }
 
 }  // namespace redline::cuda

@@ -60,17 +60,14 @@ struct Form {
   static constexpr bool amax = false;  // forward finds each row's largest magnitude too
 };
 
-// Calls visit.operator()<T, X, layer>() for a dtype of T; X is float32 where `is_wide`, else T.
-template <typename Visit>
-void visit_forms(DType dtype, bool is_wide, Norm norm, Visit visit) {
-  visit_dtype<float, bfloat16, float16>("norm", dtype, [&]<typename Host>() {
-    using T = device_type<Host>;
-    visit_bool(norm == Norm::layer, [&]<bool Layer>() {
-      if constexpr (sizeof(T) == 2) {
-        if (is_wide) return visit.template operator()<T, float, Layer>();
-      }
-      visit.template operator()<T, T, Layer>();
-    });
+// Calls visit.operator()<X, layer>() for elements T; X is float32 where `is_wide`, else T.
+template <typename T, typename Visit>
+void visit_forms(bool is_wide, Norm norm, Visit visit) {
+  visit_bool(norm == Norm::layer, [&]<bool Layer>() {
+    if constexpr (sizeof(T) == 2) {
+      if (is_wide) return visit.template operator()<float, Layer>();
+    }
+    visit.template operator()<T, Layer>();
   });
 }
 

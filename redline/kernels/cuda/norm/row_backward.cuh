@@ -9,8 +9,8 @@
 
 #include "redline/kernels/cuda/device/dependent_launch.cuh"
 #include "redline/kernels/cuda/device/row_exchange.cuh"
+#include "redline/kernels/cuda/norm/plan.h"
 #include "redline/kernels/cuda/norm/row_terms.cuh"
-#include "redline/kernels/cuda/sum_chunks.h"
 
 namespace redline::cuda {
 namespace {
@@ -127,33 +127,6 @@ __global__ void __launch_bounds__(most_threads, 1)
 
 // --- choice -------------------------------------------------------------------------------------
 
-// Which tile a shape takes, of a kernel for `N` elements a vector: by the columns alone.
-enum class Sharing { half_warp, warp, block, pair, eight, walk };
-
-struct Plan {
-  Sharing sharing;
-  int threads;  // of a group, one vector each
-  int groups;   // of a block
-  int cluster;
-};
-
-inline Plan plan(int64_t vectors, int capability) {
-  const auto whole = [](int64_t count) { return static_cast<int>(ceil_div(count, 32) * 32); };
-  if (vectors <= 16) return {Sharing::half_warp, 16, most_threads / 16, 1};
-  if (vectors <= 32) return {Sharing::warp, 32, most_threads / 32, 1};
-  if (vectors <= most_threads) {
-    const int threads = whole(vectors);
-    return {Sharing::block, threads, most_threads / threads, 1};
-  }
-  if (capability >= 90 && vectors <= 2 * most_threads) {
-    return {Sharing::pair, whole(ceil_div(vectors, 2)), 1, 2};
-  }
-  if (capability >= 90 && vectors <= 8 * most_threads) {
-    return {Sharing::eight, whole(ceil_div(vectors, 8)), 1, 8};
-  }
-  return {Sharing::walk, 0, 1, 1};
-}
-
 template <typename S>
 uint32_t row_bytes(const Matrix& of) {
   return static_cast<uint32_t>(of.stride * static_cast<int64_t>(sizeof(S)));
@@ -247,11 +220,6 @@ inline Backward arguments(const NormBackward& norm, Stream stream) {
           chunks,
           1.0f / static_cast<float>(norm.x.sizes[1]),
           {}};
-}
-
-// The weight's and the bias's gradients, of what the blocks left.
-inline void sum_parameters(const NormBackward& norm, Stream stream) {
-  sum_chunks({norm.weight_partial, norm.weight_grad}, {norm.bias_partial, norm.bias_grad}, stream);
 }
 
 }  // namespace

@@ -5,12 +5,11 @@
 #pragma once
 
 #include "redline/kernels/cuda/device/row_ring.cuh"
+#include "redline/kernels/cuda/norm/plan.h"
 #include "redline/kernels/cuda/norm/row_gradient.cuh"
 
 namespace redline::cuda {
 namespace {
-
-constexpr int most_threads = 1024;  // of a block: 64 registers a thread
 
 using Ring = RowRing<most_threads>;
 
