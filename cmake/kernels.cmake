@@ -70,10 +70,6 @@ if(REDLINE_WITH_CUDA)
       gated_activation/forward
       gradient_norm
       norm/few_rows
-      norm/layer_amax
-      norm/layer_forward
-      norm/rms_amax
-      norm/rms_forward
       rotary
       softmax/backward
       softmax/forward
@@ -81,14 +77,17 @@ if(REDLINE_WITH_CUDA)
   list(TRANSFORM REDLINE_CUDA_SOURCES PREPEND redline/kernels/cuda/)
   list(TRANSFORM REDLINE_CUDA_SOURCES APPEND .cu)
   # Those whose kernels take longest to compile: each once per element type, REDLINE_ELEMENT; the
-  # .cpp beside it chooses.
+  # .cpp beside it chooses, norm/forward.cpp for amax_forward.cu too.
   set(REDLINE_CUDA_SOURCES_BY_ELEMENT
       gated_activation/backward
+      norm/amax_forward
       norm/backward
       norm/dropout_backward
-      norm/dropout_forward)
+      norm/dropout_forward
+      norm/forward)
   list(TRANSFORM REDLINE_CUDA_SOURCES_BY_ELEMENT PREPEND redline/kernels/cuda/)
   list(TRANSFORM REDLINE_CUDA_SOURCES_BY_ELEMENT APPEND .cpp OUTPUT_VARIABLE REDLINE_CUDA_CHOICES)
+  list(REMOVE_ITEM REDLINE_CUDA_CHOICES redline/kernels/cuda/norm/amax_forward.cpp)
   list(TRANSFORM REDLINE_CUDA_SOURCES_BY_ELEMENT APPEND .cu)
   set(REDLINE_CUDA_OPTIONS
       $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings;-lineinfo;--expt-relaxed-constexpr;

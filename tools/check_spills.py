@@ -26,13 +26,11 @@ read_for_registers = {
     "cross_entropy/promised.cu",
     "embedding/backward.cu",
     "embedding/forward.cu",
+    "norm/amax_forward.cu",
     "norm/backward.cu",
     "norm/dropout_backward.cu",
     "norm/few_rows.cu",
-    "norm/layer_amax.cu",
-    "norm/layer_forward.cu",
-    "norm/rms_amax.cu",
-    "norm/rms_forward.cu",
+    "norm/forward.cu",
     "rotary.cu",
 }
 listed = {  # by architecture: files that must stay free of spills

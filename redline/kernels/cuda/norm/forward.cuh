@@ -12,7 +12,6 @@
 #include "redline/kernels/cuda/norm/row_amax.cuh"
 #include "redline/kernels/cuda/norm/scaling.cuh"
 #include "redline/kernels/cuda/norm/shared_row_input.cuh"
-#include "redline/kernels/cuda/norm/zero_rows.cuh"
 
 namespace redline::cuda {
 namespace {
@@ -331,14 +330,12 @@ inline Forward arguments(const NormForward& norm) {
           norm.quantized.amax.as<float>()};
 }
 
-template <bool Layer, template <typename, typename, bool, bool> typename FormOf = Form>
-void run_forward(const NormForward& norm, Stream stream) {
+template <typename Host, template <typename, typename, bool, bool> typename FormOf>
+void run_forms(const NormForward& norm, const Forward& args, Stream stream) {
   const bool aligned = is_aligned(norm);
-  const Forward args = arguments(norm);
-  visit_dtype<float, bfloat16, float16>("norm", norm.y.dtype, [&]<typename T>() {
-    choose_forward<device_type<T>, Layer, FormOf>(args, aligned, stream);
+  visit_bool(norm.norm == Norm::layer, [&]<bool Layer>() {
+    choose_forward<device_type<Host>, Layer, FormOf>(args, aligned, stream);
   });
-  if (norm.row_count) zero_rows(args, stream);
 }
 
 }  // namespace

@@ -1,14 +1,16 @@
-// Norm's forwards that have files of their own, for the time that they compile: run() calls them.
+// Norm's forward where y holds T: forward.cu and amax_forward.cu are compiled once for each.
 #pragma once
 
+#include "redline/core/stream.h"
 #include "redline/kernels/norm.h"
 
 namespace redline::cuda {
 
-void run_layer_forward(const NormForward& norm, Stream stream);
+template <typename T>
+void run_forward(const NormForward& norm, Stream stream);
 
 // With a place for the rows' largest magnitudes.
-void run_rms_amax(const NormForward& norm, Stream stream);
-void run_layer_amax(const NormForward& norm, Stream stream);
+template <typename T>
+void run_amax_forward(const NormForward& norm, Stream stream);
 
 }  // namespace redline::cuda
