@@ -46,7 +46,9 @@ class Case:
 
     `floor`: variants that run the op's unavoidable steps alone (its products by torch.mm); where
     all were timed the floor is their sum, "copy" being one of `bytes`. `clock`, on CUDA: "graph",
-    without the host; "calls", one by one; "host", until one returns. `kept`: counts the bytes."""
+    without the host; "calls", one by one; "host", until one returns. `kept` counts the bytes kept
+    for backward, `peak` those at most beside inputs and gradients; `moved`: all bytes, where
+    `bytes` are those beside a product."""
 
     name: str
     direction: str
@@ -60,6 +62,8 @@ class Case:
     floor: tuple[str, ...] = ("copy", "products")
     clock: str = "graph"
     kept: dict[str, Callable[[], int]] = field(default_factory=dict)
+    peak: dict[str, Callable[[], int]] = field(default_factory=dict)
+    moved: int = 0
     times: dict[str, tuple[float, float]] = field(default_factory=dict)  # variant: (us, spread)
     not_timed: dict[str, str] = field(default_factory=dict)  # variant: reason
 
@@ -294,13 +298,15 @@ def row_of(case, rates):
         "spread": spread,
         "floor_us": floor_us,
         "of_redline": floor_us / ours,
-        "gb_s": case.bytes / ours / 1e3,
+        "gb_s": (case.moved or case.bytes) / ours / 1e3,
         "tflop_s": case.flops / ours / 1e6,
         "rivals": {k: v[0] for k, v in case.times.items() if k not in ("redline", "copy")},
         "not_timed": case.not_timed,
     }
-    kept = {name: count() for name, count in case.kept.items() if name in case.times}
-    return row | {"kept_bytes": kept} if kept else row
+    for key, counts in (("kept_bytes", case.kept), ("peak_bytes", case.peak)):
+        if counted := {name: count() for name, count in counts.items() if name in case.times}:
+            row[key] = counted
+    return row
 
 
 def ceilings(device):
@@ -389,7 +395,7 @@ def main():
             measure(case, args.device)
             result["rows"].append(row_of(case, result))
             print(report.line(result["rows"][-1]), flush=True)
-            case.make = case.calls = None  # frees the inputs that the calls hold
+            case.make = case.calls = case.kept = case.peak = None  # frees what the calls hold
         if args.json:
             pathlib.Path(args.json).write_text(json.dumps(result, indent=1))
         if args.markdown:

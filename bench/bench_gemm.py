@@ -1,6 +1,6 @@
 """gemm at the products of Llama-3-8B and -70B: the three directions against torch.matmul, and what
 an epilogue adds to the bare product in the same run. `bytes` of an epilogue's row are what it moves
-beside the product: the floor is both."""
+beside the product: the floor is both, and GB/s are of all that moves."""
 
 import functools
 import itertools
@@ -146,7 +146,8 @@ def cases_of(text, rows, cols, out, device):
         yield Case("gemm", direction, text, name, size, lambda: draw(all_three), calls, flops)
     for op, direction, beside, shapes, calls in epilogues(rows, cols, out, dtype):
         make = functools.partial(draw, shapes, "main_grad" in op)
-        yield Case(op, direction, text, name, beside, make, calls, flops)
+        moved = size + beside
+        yield Case(op, direction, text, name, beside, make, calls, flops, moved=moved)
 
 
 def cases(device):

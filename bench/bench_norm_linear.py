@@ -2,11 +2,14 @@
 passes, of which the one that rebuilds the normalised input is none. The floor is both: the products
 by torch.mm in the same run, and a copy of those bytes."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
 from bench import Case
 from redline import ops
+from redline.dyno.measure import saved_bytes
 
 # (rows, in, out)
 SIZES = [(16384, 4096, 6144), (16384, 4096, 4096), (4096, 4096, 6144)]
@@ -21,6 +24,12 @@ def both(forward):
         return torch.autograd.grad(forward(*leaves), leaves, given[-1])
 
     return call
+
+
+def kept_by(forward, make):
+    """Bytes kept for backward by a function of x and its parameters, which live anyway."""
+    leaves = [tensor.requires_grad_() for tensor in make()[:-1]]
+    return saved_bytes(lambda: forward(*leaves), leaves[1:])
 
 
 def eager(x, norm_weight, weight):
@@ -39,13 +48,15 @@ def cases(device):
             shapes = ((rows, cols), (cols,), (out, cols), (rows, out))
             return tuple(torch.randn(*s, device=device, dtype=dtype) for s in shapes)
 
-        calls = {
-            "redline": both(lambda x, g, w: ops.norm_linear(x, g, None, w)),
-            "kept": both(lambda x, g, w: ops.norm_linear(x, g, None, w, keep_normalized=True)),
-            "eager": both(eager),
-            "compile": both(torch.compile(eager, dynamic=False)),
-            "products": products,
+        forwards = {
+            "redline": lambda x, g, w: ops.norm_linear(x, g, None, w),
+            "kept": lambda x, g, w: ops.norm_linear(x, g, None, w, keep_normalized=True),
+            "eager": eager,
+            "compile": torch.compile(eager, dynamic=False),
         }
+        calls = {name: both(forward) for name, forward in forwards.items()}
+        kept = {name: functools.partial(kept_by, f, make) for name, f in forwards.items()}
         size = 5 * rows * cols * dtype.itemsize  # x and y; y_grad, x and x_grad
         text, flops = f"{rows} x {cols} to {out}", 6 * rows * cols * out
-        yield Case("norm_linear", "both", text, name, size, make, calls, flops)
+        calls["products"] = products
+        yield Case("norm_linear", "both", text, name, size, make, calls, flops, kept=kept)

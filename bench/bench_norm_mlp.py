@@ -2,11 +2,13 @@
 activation's two passes, without those that rebuild what was not kept. The floor is both: the
 products by torch.mm in the same run, and a copy of those bytes."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
 from bench import Case
-from bench_norm_linear import both
+from bench_norm_linear import both, kept_by
 from redline import ops
 
 # (rows, in, ffn)
@@ -42,12 +44,14 @@ def cases(device):
             each = zip(shapes, scales, strict=True)
             return tuple(torch.randn(*s, device=device, dtype=dtype) * k for s, k in each)
 
-        calls = {
-            "redline": both(tuned),
-            "eager": both(eager),
-            "compile": both(torch.compile(eager, dynamic=False)),
-            "products": products,
+        forwards = {
+            "redline": tuned,
+            "eager": eager,
+            "compile": torch.compile(eager, dynamic=False),
         }
+        calls = {name: both(forward) for name, forward in forwards.items()}
+        kept = {name: functools.partial(kept_by, f, make) for name, f in forwards.items()}
         size = rows * (5 * cols + 8 * ffn) * dtype.itemsize
         text, flops = f"{rows} x {cols} by {ffn}", 18 * rows * cols * ffn
-        yield Case("norm_mlp swiglu", "both", text, name, size, make, calls, flops)
+        calls["products"] = products
+        yield Case("norm_mlp swiglu", "both", text, name, size, make, calls, flops, kept=kept)

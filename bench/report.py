@@ -17,6 +17,7 @@ def line(row):
     rivals = [f"{k} {v / row['time_us']:.2f}x" for k, v in row["rivals"].items()]
     refused = [f"{k} not timed: {v}" for k, v in row["not_timed"].items()]
     kept = [f"{k} keeps {v / 1e6:.1f} MB" for k, v in row.get("kept_bytes", {}).items()]
+    kept += [f"{k} takes {v / 1e6:.1f} MB" for k, v in row.get("peak_bytes", {}).items()]
     return (
         f"{row['name']:<34} {row['direction']:<11}{row['shape']:<26}{row['dtype']:<6}"
         f"{row['time_us']:>10.1f}{row['spread']:>6.1%}{row['floor_us']:>10.1f}"

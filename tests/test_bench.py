@@ -213,3 +213,36 @@ def test_the_picture_has_every_op_and_the_ceiling(tmp_path):
         assert word in picture
     plot.draw(source, tmp_path / "again.svg")
     assert (tmp_path / "again.svg").read_text() == picture
+
+
+# --- bytes ----------------------------------------------------------------------------------------
+
+
+def counts_of(op, field, sizes, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
+    module = importlib.import_module(f"bench_{op}")
+    monkeypatch.setattr(module, "SIZES_CPU", [sizes])
+    for case in module.cases("cpu"):
+        counts = getattr(case, field)
+        yield {name: count() for name, count in counts.items() if name != "compile"}
+
+
+def test_fused_layers_keep_what_docs_memory_says(monkeypatch):
+    rows, cols, ffn = 32, 64, 96
+    (kept,) = counts_of("norm_linear", "kept", (rows, cols, 48), monkeypatch)
+    assert kept["redline"] == rows * (4 * cols + 4)
+    assert kept["kept"] == rows * (2 * 4 * cols + 4)
+    assert kept["redline"] <= 0.6 * kept["eager"]
+    (kept,) = counts_of("norm_mlp", "kept", (rows, cols, ffn), monkeypatch)
+    assert kept["redline"] == rows * (4 * cols + 4 + 2 * 4 * ffn)
+    assert kept["redline"] <= 0.55 * kept["eager"]
+
+
+def test_the_heads_peak_leaves_inputs_and_gradients_out(monkeypatch):
+    tokens, hidden, classes = 2048, 16, 8192
+    logits = 4 * tokens * classes
+    for peak in counts_of(
+        "fused_linear_cross_entropy", "peak", (tokens, hidden, classes), monkeypatch
+    ):
+        assert logits / 8 < peak["redline"] < 0.6 * logits
+        assert peak["eager"] > 1.9 * logits
