@@ -18,6 +18,11 @@ LIBRARIES = {  # name in the results: what is imported, its distribution
     "te": ("transformer_engine.pytorch", "transformer-engine"),
     "apex": ("apex.normalization", "apex"),
 }
+NAMES = ("eager", "eager_cudnn", "compile", *LIBRARIES, "index_add")
+# What is timed beside ours and is no rival: steps of a floor, which give no result of their own,
+# and other forms of ours.
+STEPS = ("products", "attention", "node", "launches", "empty")
+PARTS = (*STEPS, "apart", "argmax", "kept", "two ops", "ungraphed")
 # Reads the device in forward, which no CUDA graph takes.
 NOT_CAPTURED = {("liger", "cross_entropy"), ("liger", "cross_entropy promised")}
 EPSILON = 1e-5  # our ops' default

@@ -9,6 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 
+import redline
+
 bench_folder = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(bench_folder))
 
@@ -64,7 +66,7 @@ def test_stock_gives_what_redline_gives(op, monkeypatch):
         if not case.random:
             bench.check(case, case.make(), "cpu")
             assert not case.not_timed, case.name
-        assert {"redline", "eager"} <= set(case.calls)
+        assert {"redline", "eager"} <= {*case.calls} <= {"redline", *rivals.NAMES, *rivals.PARTS}
         assert case.bytes > 0
 
 
@@ -184,6 +186,26 @@ def test_a_row_says_its_floor_and_what_is_kept():
     assert "* double, 3 x 4: redline 5.0" in report.markdown(result_of(row))
     case.floor = ("products",)
     assert bench.row_of(case, {})["floor_us"] == 2.0
+
+
+def test_empty_kernels_are_as_many_as_a_call_launches(monkeypatch):
+    cycles = []
+    monkeypatch.setattr(torch.cuda, "_sleep", cycles.append)
+    w = torch.ones(64, requires_grad=True)
+    sketch = case_of()
+    sketch.bytes = (1, 1)
+    forwards = {"redline": lambda x: redline.ops.rms_norm(x, w)}
+    forward, backward = bench.both_directions(sketch, forwards, (w,))
+    x = torch.randn(4, 64)
+    bench.empty_kernels(forward.calls["redline"])(x)
+    assert cycles == [0]
+    empty = bench.empty_kernels(backward.calls["redline"])
+    for _ in range(2):
+        empty(x, torch.ones(4, 64))
+    found = redline.explain(redline.ops.rms_norm, x.requires_grad_(), w).launches
+    count = [launch.direction for launch in found].count("backward")
+    assert count > 0
+    assert len(cycles) == 1 + 2 * count
 
 
 def test_a_run_writes_rows_of_the_published_form(tmp_path, monkeypatch):
