@@ -10,16 +10,13 @@ many launches (CPU: single calls), variants interleaved, median and spread; the 
 the same number of bytes in the same run. A variant is timed only if its result is ours.
 """
 
-import argparse
 import contextlib
 import datetime
 import functools
-import importlib
 import itertools
 import json
 import pathlib
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -31,7 +28,8 @@ import torch
 HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE)]
 
-import report  # noqa: E402  (beside this file)
+import arguments  # noqa: E402  (beside this file)
+import report  # noqa: E402
 import rivals  # noqa: E402
 
 REPEATS = 12  # of each variant; three variants have six orders
@@ -362,45 +360,11 @@ def machine(device, commit):
     }
 
 
-def arguments(known):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("ops", nargs="*", choices=[*known, []], help=f"of {', '.join(known)}")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json")
-    parser.add_argument("--markdown")
-    parser.add_argument("--rivals", action="store_true", help=rivals.__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--rows", help="a regular expression: the rows whose name, shape or dtype has it"
-    )
-    parser.add_argument("--only", help="variants to time, by commas: eager,compile,liger; ours too")
-    parser.add_argument("--quick", action="store_true", help="the first case of each op")
-    parser.add_argument("--commit", help="of this tree, where it was copied without its .git")
-    return parser.parse_args()
-
-
-def chosen(op, args):
-    """The op's cases that were asked for, with the variants that were; cases without any of them
-    are left out."""
-    only = {"redline", *(args.only or "").split(",")}
-    for case in importlib.import_module(f"bench_{op}").cases(args.device):
-        if args.only:
-            case.calls = {name: call for name, call in case.calls.items() if name in only}
-        key = f"{case.name} {case.direction} {case.shape} {case.dtype}"
-        alone = len(case.calls) == 1 and args.only not in (None, "redline")
-        if alone or not re.search(args.rows or "", key):
-            continue
-        yield case
-        if args.quick:
-            return
-
-
 def main():
-    if sys.argv[1:2] == ["compare"]:
-        return print("\n".join(report.compare(*sys.argv[2:4])))
-    if sys.argv[1:2] == ["plot"]:
-        return importlib.import_module("plot").draw(*sys.argv[2:4])
+    if arguments.told(sys.argv[1:]):
+        return
     known = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
-    args = arguments(known)
+    args = arguments.parsed(sys.argv[1:], known, __doc__.split("\n\n")[0])
     result = {**machine(args.device, args.commit), **ceilings(args.device), "rows": []}
     if args.rivals:
         result["rivals"] = rivals.load()
@@ -410,7 +374,7 @@ def main():
     )
     print(report.HEADER)
     for op in args.ops or known:
-        for case in chosen(op, args):
+        for case in arguments.chosen(op, args):
             measure(case, args.device)
             result["rows"].append(row_of(case, result))
             print(report.line(result["rows"][-1]), flush=True)
@@ -419,6 +383,8 @@ def main():
             pathlib.Path(args.json).write_text(json.dumps(result, indent=1))
         if args.markdown:
             pathlib.Path(args.markdown).write_text(report.markdown(result))
+    if not result["rows"]:
+        arguments.refuse("no row was asked for: --rows, --only and the ops leave none")
 
 
 if __name__ == "__main__":

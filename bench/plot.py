@@ -1,6 +1,5 @@
-"""The picture of a result file: each row's share of the ceiling, ours and the others'."""
+"""The picture of a result: each row's share of the ceiling, ours and the others'."""
 
-import json
 import pathlib
 
 SMALL_US = 10.0  # rows whose floor is shorter are drawn hollow: a launch is most of their time
@@ -63,8 +62,8 @@ def legend(figure, rivals):
     figure.legend(handles=marks, loc="upper center", ncols=len(marks), frameon=False, fontsize=9)
 
 
-def draw(source, target=None):
-    """Writes the picture of `source` (JSON) to `target`: beside it, as SVG, if not given."""
+def draw(result, target):
+    """Writes the picture of a result to `target`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -72,7 +71,6 @@ def draw(source, target=None):
     matplotlib.rcParams["svg.fonttype"] = "none"
     from matplotlib import pyplot
 
-    result = json.loads(pathlib.Path(source).read_text())
     names = list(dict.fromkeys(row["name"] for row in result["rows"]))
     rivals = list(dict.fromkeys(name for row in result["rows"] for name in shares(row)))
     figure, axes = pyplot.subplots(1, 2, sharey=True, figsize=(12, 1.6 + 0.27 * len(names)))
@@ -89,6 +87,6 @@ def draw(source, target=None):
     )
     figure.text(0.5, 0.004, foot, ha="center", fontsize=8)
     figure.tight_layout(rect=(0, 0.015, 1, head))
-    target = pathlib.Path(target or pathlib.Path(source).with_suffix(".svg"))
+    target = pathlib.Path(target)
     figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None, dpi=100)
     pyplot.close(figure)

@@ -1,8 +1,5 @@
 """What is said of measured rows: a line, a Markdown table, and how two files compare."""
 
-import json
-import pathlib
-
 import rivals
 
 SAME = 0.02  # a smaller change than this is none
@@ -14,14 +11,14 @@ HEADER = (
 
 
 def line(row):
-    rivals = [f"{k} {v / row['time_us']:.2f}x" for k, v in row["rivals"].items()]
+    others = [f"{k} {v / row['time_us']:.2f}x" for k, v in row["rivals"].items()]
     refused = [f"{k} not timed: {v}" for k, v in row["not_timed"].items()]
     kept = [f"{k} keeps {v / 1e6:.1f} MB" for k, v in row.get("kept_bytes", {}).items()]
     kept += [f"{k} takes {v / 1e6:.1f} MB" for k, v in row.get("peak_bytes", {}).items()]
     return (
         f"{row['name']:<34} {row['direction']:<11}{row['shape']:<26}{row['dtype']:<6}"
         f"{row['time_us']:>10.1f}{row['spread']:>6.1%}{row['floor_us']:>10.1f}"
-        f"{row['of_redline']:>9.2f}{row['gb_s']:>7.0f}  {'  '.join(rivals + kept + refused)}"
+        f"{row['of_redline']:>9.2f}{row['gb_s']:>7.0f}  {'  '.join(others + kept + refused)}"
     )
 
 
@@ -109,12 +106,11 @@ def verdict(was, now):
 
 
 def compare(before, after):
-    """A line per row of either file, and how many of each word."""
+    """A line per row of either result, and how many of each word."""
 
-    def rows(name):
+    def rows(result):
         keys = ("name", "direction", "shape", "dtype")
-        rows = json.loads(pathlib.Path(name).read_text())["rows"]
-        return {" ".join(row[key] for key in keys): row for row in rows}
+        return {" ".join(row[key] for key in keys): row for row in result["rows"]}
 
     old, new = rows(before), rows(after)
     counts, lines = {}, []
