@@ -22,12 +22,23 @@ def line(row):
     )
 
 
+def ahead(row, rival):
+    """By more than the noise; a step of a floor and another form of ours are no rivals."""
+    ratio = row["rivals"][rival] / row["time_us"]
+    return rival not in rivals.PARTS and ratio < 1 - max(SAME, row["spread"])
+
+
 def cell(row, rival):
-    """Bold where the rival is ahead by more than the noise."""
+    """Bold where the rival is ahead."""
     if rival not in row["rivals"]:
         return "*" if rival in row.get("not_timed", {}) else "–"
     ratio = row["rivals"][rival] / row["time_us"]
-    return f"**{ratio:.2f}**" if ratio < 1 - max(SAME, row["spread"]) else f"{ratio:.2f}"
+    return f"**{ratio:.2f}**" if ahead(row, rival) else f"{ratio:.2f}"
+
+
+def rate(value):
+    """A dash for what moves or multiplies next to nothing."""
+    return f"{value:.0f}" if value >= 0.5 else "–"
 
 
 def faults(rows):
@@ -40,12 +51,12 @@ def faults(rows):
     return [f"* {key} ({'; '.join(shapes)})" for key, shapes in found.items()]
 
 
-def keeping(rows):
+def counted_bytes(rows, field):
     return [
-        f"* {row['name']}, {row['shape']}: "
-        + ", ".join(f"{variant} {size / 1e6:,.1f}" for variant, size in row["kept_bytes"].items())
+        f"* {row['name']} {row['direction']}, {row['shape']}: "
+        + ", ".join(f"{variant} {size / 1e6:,.1f}" for variant, size in row[field].items())
         for row in rows
-        if "kept_bytes" in row
+        if field in row
     ]
 
 
@@ -58,34 +69,49 @@ def uncaptured(rows):
     ]
 
 
-def markdown(result):
-    rows = result["rows"]
-    named = {name for row in rows for name in (*row["rivals"], *row.get("not_timed", {}))}
-    names = sorted(named)
+def head(result):
     versions = ", ".join(f"{k} {v}" for k, v in result.get("rivals", {}).items())
-    lines = [
+    return [
         f"# {result['gpu']}",
         "",
         f"`{result['command']}` at {result['commit']}, torch {result['torch']}, driver "
         f"{result['driver']}, {result['date']}. Copy {result['copy_gb_s']:.0f} GB/s, product "
         f"{result['gemm_tflop_s']:.0f} TFLOP/s, both in this run. *Of redline*: the time of a copy "
         "of the same bytes over the op's. Rivals: their time over ours; above 1, ours is shorter, "
-        "and bold where theirs is." + (f" Rivals: {versions}." if versions else ""),
+        "and bold where theirs is. The last columns are no rivals, but a floor's steps and other "
+        "forms of ours." + (f" Rivals: {versions}." if versions else ""),
         "",
-        "| op | direction | shape | dtype | time µs | ± | floor µs | of redline | GB/s | "
+    ]
+
+
+def table(rows):
+    named = {name for row in rows for name in (*row["rivals"], *row.get("not_timed", {}))}
+    names = sorted(named, key=lambda name: (name in rivals.PARTS, name))
+    lines = [
+        "| op | direction | shape | dtype | time µs | ± | floor µs | of redline | GB/s | TFLOP/s | "
         + " | ".join(names)
         + " |",
-        "|" + "---|" * (9 + len(names)),
+        "|" + "---|" * (10 + len(names)),
     ]
     for row in rows:
         cells = [cell(row, name) for name in names]
         lines.append(
             f"| {row['name']} | {row['direction']} | {row['shape']} | {row['dtype']} | "
             f"{row['time_us']:.1f} | {row['spread']:.1%} | {row['floor_us']:.1f} | "
-            f"{row['of_redline']:.2f} | {row['gb_s']:.0f} | " + " | ".join(cells) + " |"
+            f"{row['of_redline']:.2f} | {rate(row['gb_s'])} | {rate(row['tflop_s'])} | "
+            + " | ".join(cells)
+            + " |"
         )
-    if found := keeping(rows):
+    return lines
+
+
+def markdown(result):
+    rows = result["rows"]
+    lines = [*head(result), *table(rows)]
+    if found := counted_bytes(rows, "kept_bytes"):
         lines += ["", "Kept for backward, in MB:", "", *found]
+    if found := counted_bytes(rows, "peak_bytes"):
+        lines += ["", "At most in use beside inputs and gradients, in MB:", "", *found]
     if result["driver"] and (found := uncaptured(rows)):
         lines += ["", *found]
     if found := faults(rows):

@@ -168,6 +168,8 @@ def test_the_table_says_where_a_rival_is_ahead_and_which_was_not_timed():
     assert "| 2.00 | * | **0.90** |" in table
     assert "| – | – | 0.99 |" in table
     assert "* quack, norm fwd: result 0 is not finite (8 x 8)" in table
+    steps = row_of(rivals={"products": 1.0, "ungraphed": 9.0}, gb_s=0.2, tflop_s=700.0)
+    assert "| 9.0 | 0.90 | – | 700 | 0.10 | 0.90 |" in report.markdown(result_of(steps))
     called = result_of(row_of(name="cross_entropy", rivals={"liger": 9.9}))
     assert "liger's cross_entropy waits for" in report.markdown(called | {"driver": "580"})
     assert "waits for" not in table
@@ -181,7 +183,7 @@ def test_a_row_says_its_floor_and_what_is_kept():
     assert (row["floor_us"], row["of_redline"]) == (3.0, 0.5)
     assert row["kept_bytes"] == {"redline": 5_000_000}
     assert "redline keeps 5.0 MB" in report.line(row)
-    assert "* double, 3 x 4: redline 5.0" in report.markdown(result_of(row))
+    assert "* double fwd, 3 x 4: redline 5.0" in report.markdown(result_of(row))
     case.floor = ("products",)
     assert bench.row_of(case, {})["floor_us"] == 2.0
 
