@@ -11,6 +11,7 @@ import torch
 
 import report
 import rivals
+import targets
 
 ROW = {"name", "direction", "shape", "dtype", "time_us", "spread", "of_redline", "rivals"}
 
@@ -52,9 +53,20 @@ def plot(source, target=None):
         refuse(f"plot needs {error.name}")
 
 
+def markdown(source, target=None):
+    text = report.markdown(result_in(source))
+    pathlib.Path(target or pathlib.Path(source).with_suffix(".md")).write_text(text)
+
+
+def show_targets(source):
+    print("\n".join(targets.listing(result_in(source))))
+
+
 COMMANDS = {  # name: what runs, its arguments, how many are needed
     "compare": (compare, "BEFORE.json AFTER.json", 2),
+    "markdown": (markdown, "RESULT.json [TABLE.md]", 1),
     "plot": (plot, "RESULT.json [PICTURE.svg]", 1),
+    "targets": (show_targets, "RESULT.json", 1),
 }
 
 

@@ -2,7 +2,9 @@
 
     PYTHONPATH=python python bench/bench.py [OP ...] [--rivals] [--json FILE] [--markdown FILE]
     PYTHONPATH=python python bench/bench.py compare BEFORE.json AFTER.json
+    PYTHONPATH=python python bench/bench.py targets RESULT.json
     PYTHONPATH=python python bench/bench.py plot RESULT.json [PICTURE.svg]
+    PYTHONPATH=python python bench/bench.py markdown RESULT.json [TABLE.md]
 
 Each ``bench_<op>.py`` states cases, the call, the fewest bytes it must move and its baselines.
 Here: fresh random data in several input sets that together exceed the last cache, CUDA graphs of

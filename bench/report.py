@@ -1,6 +1,10 @@
 """What is said of measured rows: a line, a Markdown table, and how two files compare."""
 
+import functools
+
+import reasons
 import rivals
+import targets
 
 SAME = 0.02  # a smaller change than this is none
 
@@ -49,6 +53,19 @@ def faults(rows):
             key = f"{rival}, {row['name']} {row['direction']}: {reason}"
             found.setdefault(key, []).append(row["shape"])
     return [f"* {key} ({'; '.join(shapes)})" for key, shapes in found.items()]
+
+
+def behind(result):
+    """One line per reason: every row where a rival is ahead."""
+    reasoned = {}
+    for row in result["rows"]:
+        for rival in filter(functools.partial(ahead, row), row["rivals"]):
+            why = reasons.find(result["gpu"], row, rival).link()
+            rows = reasoned.setdefault(why, {})
+            cells = rows.setdefault(f"`{row['name']}` {row['direction']}, {rival}", [])
+            cells.append(f"{row['shape']} {row['rivals'][rival] / row['time_us']:.2f}")
+    lines = ("; ".join(f"{row}: {', '.join(c)}" for row, c in r.items()) for r in reasoned.values())
+    return [f"* {line}. Why: {why}" for line, why in zip(lines, reasoned, strict=True)]
 
 
 def counted_bytes(rows, field):
@@ -107,7 +124,10 @@ def table(rows):
 
 def markdown(result):
     rows = result["rows"]
-    lines = [*head(result), *table(rows)]
+    lines = [*head(result), *targets.markdown(result)]
+    if found := behind(result):
+        lines += ["## Where a rival is ahead, and why", "", *found, ""]
+    lines += ["## Every row", "", *table(rows)]
     if found := counted_bytes(rows, "kept_bytes"):
         lines += ["", "Kept for backward, in MB:", "", *found]
     if found := counted_bytes(rows, "peak_bytes"):

@@ -22,9 +22,12 @@ from test_bench import result_of, row_of  # noqa: E402
         ("compare none.json none.json", "none.json: No such file or directory"),
         ("plot", "plot takes RESULT.json [PICTURE.svg], not nothing"),
         ("plot none.json", "none.json: No such file or directory"),
-        ("plot empty.json", "empty.json holds no JSON"),
-        ("plot list.json", "list.json is no result of bench.py"),
-        ("plot rows.json", "rows.json is no result of bench.py"),
+        ("targets", "targets takes RESULT.json, not nothing"),
+        ("targets none.json", "none.json: No such file or directory"),
+        ("targets a b", "targets takes RESULT.json, not a b"),
+        ("markdown empty.json", "empty.json holds no JSON"),
+        ("targets list.json", "list.json is no result of bench.py"),
+        ("targets rows.json", "rows.json is no result of bench.py"),
         ("norm --rows (", "argument --rows: '(' is no regular expression: missing )"),
         ("norm --only eagre", "argument --only: no variant 'eagre', of redline, eager"),
         ("nrom", "argument OP: no op 'nrom', of activation"),
@@ -50,8 +53,12 @@ def test_what_cannot_be_done_is_one_sentence(words, sentence, tmp_path, monkeypa
 def test_the_commands_over_files_do_what_they_say(tmp_path, monkeypatch, capsys):
     source = tmp_path / "gpu.json"
     source.write_text(json.dumps(result_of(row_of(name="rms_norm", shape="16384 x 4096"))))
-    assert arguments.told(["compare", str(source), str(source)])
-    assert "1 same" in capsys.readouterr().out
+    for words in (("targets", source), ("compare", source, source), ("markdown", source)):
+        assert arguments.told([*map(str, words)])
+    said = capsys.readouterr().out
+    assert "short" in said
+    assert "1 same" in said
+    assert source.with_suffix(".md").read_text().startswith("# GPU\n")
     assert not arguments.told(["norm"])
 
 
