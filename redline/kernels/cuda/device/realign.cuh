@@ -76,6 +76,11 @@ __device__ __forceinline__ void load_realigned(const T* row, RowVectors at,
         for (int i = 0; i < N; ++i) result[v].values[i] = outside;
       }
     }
+  } else if (at.shift == 0 && at.col >= 0 && last + N <= at.cols) {
+#pragma unroll
+    for (int v = 0; v < Count; ++v) {
+      result[v] = *reinterpret_cast<const Packed<T>*>(row + at.col + v * at.step);
+    }
   } else if (at.shift != 0 && at.col >= N && last + 2 * N <= at.cols) {
     const char* from = reinterpret_cast<const char*>(row + at.col) - at.shift;
     uint4 low[Count], high[Count];
