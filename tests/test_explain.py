@@ -186,6 +186,35 @@ def test_products_name_their_library(device):
         assert launch.why == f"the product is the library's: {library}"
 
 
+@pytest.mark.parametrize("name", ["addmm", "baddbmm", "bmm", "mm"])
+def test_a_product_of_torchs_is_one_step(name):
+    """On the CPU a bias is copied to where the product is added, which is no step of ours."""
+    batch = (2,) if "b" in name else ()
+    x, y = torch.ones(*batch, 3, 4), torch.ones(*batch, 4, 5)
+    given = (torch.ones(*batch, 3, 5),) if "add" in name else ()
+    found = redline.explain(getattr(torch, name), *given, x, y)
+    assert [launch.kernel for launch in found.launches] == [f"aten::{name}"]
+    assert found.bytes == x.nbytes + y.nbytes + (1 + len(given)) * x.nbytes // 4 * 5
+
+
+@pytest.mark.parametrize("call", [ops.linear, torch.nn.functional.linear])
+def test_a_product_with_a_bias_names_the_product(call):
+    x, weight, bias = torch.ones(ROWS, COLS), torch.ones(9, COLS), torch.ones(9)
+    found = redline.explain(call, x, weight, bias)
+    assert [launch.kernel for launch in found.launches] == ["aten::addmm"]
+    assert found.bytes == x.nbytes + weight.nbytes + bias.nbytes + 4 * ROWS * 9
+    if call is ops.linear:
+        assert found.launches[0].why == "the product is the library's: oneDNN or MKL"
+
+
+def test_layers_with_biases_name_their_products():
+    mlp = redline.layers.LayerNormMLP(8, 16)
+    found = redline.explain(mlp, torch.ones(4, 8))
+    products = [launch.kernel for launch in found.launches if "mm" in launch.kernel]
+    assert products == ["aten::mm", "aten::addmm"]  # fc1's bias is the activation's
+    assert not any("copy" in launch.kernel for launch in found.launches)
+
+
 @devices
 def test_a_product_that_is_torchs_says_so(device):
     """cuBLASLt has no float64."""

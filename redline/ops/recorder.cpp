@@ -83,9 +83,13 @@ bool computes(const c10::FunctionSchema& schema) {
   });
 }
 
-// Ops of torch whose inner ops are their own business: fused kernels, and allocations that fill.
+// Ops of torch whose inner ops are their own business: products, which copy their bias, fused
+// kernels, and allocations that fill.
 bool is_closed(const std::string& op) {
   if (op.starts_with("aten::empty")) return true;
+  for (const char* product : {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}) {
+    if (op == product) return true;
+  }
   return op.starts_with("aten::_scaled_dot_product_") && op.find("math") == std::string::npos;
 }
 
