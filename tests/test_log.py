@@ -44,7 +44,8 @@ def test_each_choice_is_logged_once_and_nothing_else_changes():
     assert len(lines) == len(set(lines)) and all(line.startswith("redline: ") for line in lines)
     forward = [line for line in lines if "rms_norm_forward" in line]
     assert forward == [
-        "redline: rms_norm_forward: cpu kernel, 1 tasks, 1 threads: 255 rows, about 256 KB, a task"
+        "redline: rms_norm_forward: cpu kernel, 1 tasks, 1 threads: up to 255 rows, "
+        "about 256 KB, a task"
     ]
     assert sum("rms_norm_backward" in line for line in lines) == 2  # chunks, then their sum
     assert [line for line in lines if "fallback" in line] == [

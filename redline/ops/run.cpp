@@ -28,11 +28,11 @@ at::DataPtr workspace_of([[maybe_unused]] int64_t bytes) {
   return {};
 }
 
-// As at::parallel_for shares it out.
+// As at::parallel_for shares it out. The reason names the limit, for it is one of all counts.
 void report_ranges(Watcher& watcher, int64_t count, int64_t grain, const char* unit) {
   const int64_t tasks = (count + grain - 1) / std::max<int64_t>(grain, 1);
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  watcher.choice(message(grain, " ", unit, " a task"));
+  watcher.choice(message(grain > 1 ? "up to " : "", grain, " ", unit, " a task"));
   watcher.launch({.kernel = {},
                   .grid = {tasks, 1, 1},
                   .block = {std::min(tasks, threads), 1, 1},
