@@ -1,6 +1,7 @@
 """The command line: what it refuses, and what it says when it is stopped."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,6 +45,27 @@ def test_bad_option_is_one_line(arguments, message, tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 
+
+
+def test_without_arguments_the_help_is_a_page(tmp_path):
+    bare, asked = redline(cwd=tmp_path), redline("--help", cwd=tmp_path)
+    assert (asked.returncode, asked.stderr) == (0, "")
+    assert bare.returncode == 2 and (bare.stdout + bare.stderr).strip() == asked.stdout.strip()
+    for command in ("dyno", "doctor", "move", "run"):
+        assert re.search(rf"^  {command} ", asked.stdout, re.MULTILINE), command
+
+
+def test_a_text_that_is_refused_shows_no_bar(tmp_path):
+    done = redline("dyno", "--text", "/no/such", cwd=tmp_path)
+    assert done.stdout == ""
+    assert done.stderr == "redline dyno: --text: /no/such: no such file or folder\n"
+
+
+def test_the_help_names_every_dtype(tmp_path):
+    shown = redline("dyno", "--help", cwd=tmp_path).stdout
+    line = re.search(r"--dtype.*?\[default", shown, re.DOTALL)[0]
+    for dtype in DTYPES:
+        assert re.search(rf"\b{dtype}\b", line), dtype
 
 def test_missing_package_names_the_extra(tmp_path):
     program = "import sys; sys.modules['jinja2'] = None; from redline.cli import main; main()"

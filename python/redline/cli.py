@@ -146,7 +146,11 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer's own errors have in common
             raise
-        status = _fail(f"redline: {error.format_message()}", getattr(error, "exit_code", 2))
+        status = getattr(error, "exit_code", 2)
+        if len(sys.argv) > 1:
+            status = _fail(f"redline: {error.format_message()}", status)
+        else:  # the help: a page
+            error.show()
     if callable(status):  # a program: it runs outside of typer, which would take its exceptions
         status = status()
     sys.exit(status or 0)
