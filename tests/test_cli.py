@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import redline as package
+from redline.dyno import DTYPES
 
 
 def redline(*arguments, **options):
@@ -46,7 +47,6 @@ def test_bad_option_is_one_line(arguments, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-
 def test_without_arguments_the_help_is_a_page(tmp_path):
     bare, asked = redline(cwd=tmp_path), redline("--help", cwd=tmp_path)
     assert (asked.returncode, asked.stderr) == (0, "")
@@ -66,6 +66,7 @@ def test_the_help_names_every_dtype(tmp_path):
     line = re.search(r"--dtype.*?\[default", shown, re.DOTALL)[0]
     for dtype in DTYPES:
         assert re.search(rf"\b{dtype}\b", line), dtype
+
 
 def test_missing_package_names_the_extra(tmp_path):
     program = "import sys; sys.modules['jinja2'] = None; from redline.cli import main; main()"

@@ -50,7 +50,7 @@ def _root(
 def dyno(  # one parameter per option: the signature is the command line
     steps: Annotated[int, typer.Option(help="Training steps of the lap.")] = 40,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, fp32 (float32) or bf16 (bfloat16).")] = "auto",
     text: Annotated[
         Path | None, typer.Option(parser=_path, help="A text file, or a folder of them.")
     ] = None,

@@ -65,13 +65,14 @@ def shape_for(device: torch.device, steps: int) -> Shape:
 
 def run_job(options: Options) -> int:
     device, dtype = choose(options)
+    text = read_text(options.text)  # what it refuses stands alone: no bar is on the screen yet
     console = Console(stderr=False)
     allocator = machine.set_allocator()
     _quiet_torch()
     torch.manual_seed(LEARNING_SEED)
     with report.aside(options.out) as folder:
         with _progress(console) as progress:
-            result = _measure(options, (device, dtype), allocator, progress)
+            result = _measure(options, (device, dtype, text), allocator, progress)
         report.write(result, folder)
     _print(console, result, options)
     return 0 if result.lap.right else 1
@@ -94,12 +95,10 @@ def _progress(console: Console) -> Progress:
 
 
 def _measure(options: Options, target: tuple, allocator: str, progress: Progress) -> report.Result:
-    device, dtype = target
+    device, dtype, text = target
     shape = shape_for(device, options.steps)
-    task = progress.add_task("reading and learning the text", total=2)
-    name, documents = read_text(options.text)
-    progress.advance(task)
-    corpus = learn(name, documents, shape.vocabulary)
+    task = progress.add_task("learning the text", total=1)
+    corpus = learn(*text, shape.vocabulary)
     batches = Batches(corpus, shape.batch, shape.sequence, LEARNING_SEED)
     progress.advance(task)
 
