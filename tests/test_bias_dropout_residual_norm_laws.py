@@ -139,7 +139,7 @@ def test_bad_arguments(norm, device):
         ((x, w.double(), x, P), "input_bias: expected float32, not float64"),
         ((x, w, x[:, :7], P), r"residual: expected \[4, 8\], not \[4, 7\]"),
         ((x, w, x.bfloat16(), P), "residual: expected float32, not bfloat16"),
-        ((x, w, x, P, w[:7]), r"weight: expected \[8\], not \[7\] float32"),
+        ((x, w, x, P, w[:7]), "x: expected a last dimension of 7, not 8"),
         ((x.long(), w, x, P), "x: expected a floating dtype, not Long"),
         ((x, w, x, 1.5), "probability: expected 0 to 1, not 1.5"),
         ((x, w, x, -0.5), "probability: expected 0 to 1, not -0.5"),

@@ -272,7 +272,7 @@ def test_delayed_gradient(device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": (3, 5)}, r"norm_weight: expected \[5\], not \[4\]"),
+        ({"x": (3, 5)}, r"x: expected a last dimension of 4, not 5"),
         ({"norm_bias": (4,)}, r"norm_bias: expected none beside rms_norm"),
         ({"norm_bias": (3,), "norm": "layer_norm"}, r"norm_bias: expected \[4\], not \[3\]"),
         ({"weight": (4,)}, r"weight: expected \[out, in\], not a rank of 1"),

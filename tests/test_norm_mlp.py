@@ -278,6 +278,7 @@ def test_delayed_gradients(device):
         ({"activation": "gelu"}, r"fc1_weight: expected 3 rows for gelu and fc2_weight .* not 6"),
         ({"fc1_weight": (6,)}, r"fc1_weight: expected \[out, in\], not a rank of 1"),
         ({"fc2_weight": (6,)}, r"fc2_weight: expected \[out, in\], not a rank of 1"),
+        ({"x": (2, 5)}, r"x: expected a last dimension of 4, not 5"),
         ({"fc1_weight": (6, 5)}, r"x: expected a last dimension of 5, not 4"),
         ({"fc1_bias": (3,)}, r"fc1_bias: expected \[6\], not \[3\]"),
         ({"fc2_bias": (3,)}, r"fc2_bias: expected \[4\], not \[3\]"),

@@ -13,6 +13,14 @@ void check_statistic(const char* op, const char* tensor, const TensorView& stati
   check_values(op, tensor, statistic, x.sizes[0], accumulation_dtype(x.dtype));
 }
 
+// The parameters are what is fixed: a width that none of them has is x's fault.
+void check_width(const char* op, const NormForward& args) {
+  const TensorView &x = args.x, &weight = args.weight, &bias = args.bias;
+  if (weight.rank != 1 || (bias.rank == 1 && bias.sizes[0] != weight.sizes[0])) return;
+  REDLINE_CHECK(weight.sizes[0] == x.sizes[1], op, ": x: expected a last dimension of ",
+                weight.sizes[0], ", not ", x.sizes[1]);
+}
+
 void check_amax(const char* op, const NormForward& args) {
   check_no_values(op, args.quantized);
   if (!args.quantized.amax) return;
@@ -83,6 +91,7 @@ void check(const NormForward& args) {
   }
   const DType narrow = args.statistics_given ? args.y.dtype : x.dtype;
   check_mixed(op, "x", x, narrow);
+  check_width(op, args);
   check_parameter(op, "weight", args.weight, x.sizes[1], narrow);
   check_parameter(op, "bias", args.bias, x.sizes[1], narrow);
   check_matrix(op, "y", args.y, x, narrow);

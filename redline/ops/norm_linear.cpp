@@ -21,10 +21,10 @@ constexpr ProductNames names = {.op = op_name};
 
 void check_inputs(const Tensor& x, const NormParameters& norm, const Tensor& weight,
                   const OptionalTensor& bias, const Options& options) {
-  check_norm_part(op_name, x, options.residual, norm, options.norm);
   check_weight(names, x, product_dtype(x, weight), weight, bias);
   TORCH_CHECK(x.sym_size(-1) == weight.sym_size(1), op_name, ": x: expected a last dimension of ",
               weight.sym_size(1), ", not ", x.sym_size(-1));
+  check_norm_part(op_name, x, options.residual, norm, options.norm);
   check_weight_gradient(names, weight, options.weight_gradient);
 }
 

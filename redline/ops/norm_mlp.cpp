@@ -23,7 +23,6 @@ constexpr ProductNames fc2 = {op_name, "fc2_weight", "fc2_bias", "fc2_main_grad"
 
 void check_inputs(const Tensor& x, const NormParameters& norm, const MlpParameters& mlp,
                   const Options& options) {
-  check_norm_part(op_name, x, options.residual, norm, options.norm);
   const bool gated = is_gated(op_name, options.activation);
   const at::ScalarType dtype = product_dtype(x, mlp.fc1_weight);
   check_weight(fc1, x, dtype, mlp.fc1_weight, {});  // the activation adds its bias, and checks it
@@ -31,6 +30,7 @@ void check_inputs(const Tensor& x, const NormParameters& norm, const MlpParamete
   TORCH_CHECK(x.sym_size(-1) == mlp.fc1_weight.sym_size(1), op_name,
               ": x: expected a last dimension of ", mlp.fc1_weight.sym_size(1), ", not ",
               x.sym_size(-1));
+  check_norm_part(op_name, x, options.residual, norm, options.norm);
   const c10::SymInt rows = mlp.fc1_weight.sym_size(0), ffn = mlp.fc2_weight.sym_size(1);
   TORCH_CHECK(rows == (gated ? 2 * ffn : ffn), op_name, ": fc1_weight: expected ",
               gated ? "2 x " : "", ffn, " rows for ", options.activation, " and fc2_weight ",
