@@ -52,3 +52,42 @@ def test_a_weight_that_differs_alone_is_named(device):
     assert said.startswith("layer_norm: weight: expected [4], not [5] float32")
     said = refusal(ops.norm_linear, x, weight, None, torch.ones(3, 4, device=device))
     assert said == "norm_linear: norm_weight: expected [4], not [5]"
+
+
+# --- the rank and the length of x ---------------------------------------------------------------
+
+
+@devices
+@pytest.mark.parametrize("shape", [(2, 8), (1, 1, 2, 8), (8,)])
+def test_another_rank_is_told_in_words_of_x(shape, device):
+    layer = gpt_layer().to(device)
+    expected = "Attention: x: expected [batch, sequence, hidden_size], not "
+    assert refusal(layer, torch.ones(shape, device=device)) == expected + str(list(shape))
+    boundaries = torch.tensor([0, 2], dtype=torch.int32, device=device)
+    said = refusal(layer, torch.ones(1, 2, 8, device=device), cu_seqlens=boundaries)
+    assert said == "Attention: x: expected [tokens, hidden_size] beside cu_seqlens, not [1, 2, 8]"
+
+
+@devices
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_long_sequence_names_max_positions(qk_norm, device):
+    expected = "Attention: x: expected a sequence of at most 8, which is max_positions, not 9"
+    layer = gpt_layer(qk_norm=qk_norm).to(device)
+    assert refusal(layer, torch.ones(1, 9, 8, device=device)) == expected
+    gpt = layers.GPT(16, 8, 16, 1, 2, max_positions=8, qk_norm=qk_norm).to(device)
+    assert refusal(gpt, torch.zeros(1, 9, dtype=torch.int64, device=device)) == expected
+    where = {"positions": torch.arange(9, device=device) % 8}
+    assert gpt(torch.zeros(1, 9, dtype=torch.int64, device=device), **where).shape == (1, 9, 16)
+
+
+def test_what_else_rotary_refuses_is_its_own_sentence():
+    said = refusal(gpt_layer(), torch.ones(1, 2, 8), positions=torch.arange(3))
+    assert said == "qkv_rotary_split: positions: expected [2] or [1, 2], not [3]"
+
+
+def test_a_length_is_not_bound_by_an_export():
+    gpt = layers.GPT(16, 8, 16, 1, 2, max_positions=8).eval()
+    length = torch.export.Dim("length")
+    tokens = torch.zeros(1, 4, dtype=torch.int64)
+    program = torch.export.export(gpt, (tokens,), dynamic_shapes={"tokens": {1: length}})
+    assert torch.equal(program.module()(tokens), gpt(tokens))

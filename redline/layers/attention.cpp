@@ -42,6 +42,17 @@ void AttentionImpl::reset() {
                                          .bias = options.bias}));
 }
 
+// What rotary would say of qkv and of the tables, in words of x.
+void AttentionImpl::check_input(const Tensor& x, const Packing& packing) const {
+  TORCH_CHECK(x.dim() == (packing.cu_seqlens ? 2 : 3), "Attention: x: expected ",
+              packing.cu_seqlens ? "[tokens, hidden_size] beside cu_seqlens"
+                                 : "[batch, sequence, hidden_size]",
+              ", not ", x.sizes());
+  if (!tables_.cos.defined() || packing.positions || packing.cu_seqlens) return;
+  TORCH_CHECK(x.size(1) <= tables_.cos.size(0), "Attention: x: expected a sequence of at most ",
+              tables_.cos.size(0), ", which is max_positions, not ", x.size(1));
+}
+
 AttentionImpl::Heads AttentionImpl::split(const Tensor& qkv) const {
   const int64_t group = options.heads / options.kv_heads;
   const Tensor packed = qkv.unflatten(-1, {options.kv_heads, group + 2, options.head_dim});
@@ -96,11 +107,13 @@ Tensor attend_sequence_first(const Tensor& q, const Tensor& k, const Tensor& v,
 }
 
 Tensor AttentionImpl::forward(const Tensor& x, const Packing& packing) {
+  check_input(x, packing);
   return attend(layernorm_qkv(x), packing);
 }
 
 std::tuple<Tensor, Tensor> AttentionImpl::forward_residual(const Tensor& x, const Tensor& residual,
                                                            const Packing& packing, double dropout) {
+  check_input(x, packing);
   auto [qkv, sum] = layernorm_qkv->forward_residual(x, residual, dropout);
   return {attend(qkv, packing), sum};
 }

@@ -62,6 +62,7 @@ class AttentionImpl : public torch::nn::Cloneable<AttentionImpl> {
   struct Heads {
     Tensor q, k, v;  // [..., heads or kv_heads, head_dim]
   };
+  void check_input(const Tensor& x, const Packing& packing) const;
   Heads split(const Tensor& qkv) const;
   Heads rotate(const Tensor& qkv, const Packing& packing);
   Tensor attend(const Tensor& qkv, const Packing& packing);

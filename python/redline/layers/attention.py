@@ -84,6 +84,20 @@ class Attention(torch.nn.Module):
                 f"{self.head_dim}, not {rotary_dim}"
             )
 
+    def _check_length(self, x, positions, cu_seqlens):
+        """What rotary refused, in words of x, where it was a length beyond the tables.
+
+        Behind the refusal: a comparison ahead of it would bind the sizes of exported programs.
+        """
+        if self.rotary is None or positions is not None or cu_seqlens is not None:
+            return
+        longest, _ = self.rotary.shape
+        if x.size(1) > longest:
+            raise RuntimeError(
+                f"Attention: x: expected a sequence of at most {longest}, which is max_positions, "
+                f"not {x.size(1)}"
+            ) from None
+
     def split(self, qkv):
         """Views q, k, v [..., heads, head_dim] of qkv [..., (heads + 2 kv_heads) head_dim]."""
         group = self.heads // self.kv_heads
@@ -111,9 +125,18 @@ class Attention(torch.nn.Module):
     def forward(
         self, x, residual=None, *, dropout=0.0, positions=None, cu_seqlens=None, max_seqlen=None
     ):
+        if x.dim() != (3 if cu_seqlens is None else 2):
+            expected = "[batch, sequence, hidden_size]"
+            if cu_seqlens is not None:
+                expected = "[tokens, hidden_size] beside cu_seqlens"
+            raise RuntimeError(f"Attention: x: expected {expected}, not {list(x.shape)}")
         qkv = self.layernorm_qkv(x, residual, dropout=dropout)
         qkv, total = (qkv, None) if residual is None else qkv
-        q, k, v = self.rotate(qkv, positions, cu_seqlens)
+        try:
+            q, k, v = self.rotate(qkv, positions, cu_seqlens)
+        except RuntimeError:
+            self._check_length(x, positions, cu_seqlens)
+            raise
         options = {"causal": self.causal, "window": self.window}
         if cu_seqlens is not None:
             options |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
