@@ -5,8 +5,9 @@ import re
 import pytest
 import torch
 
+import redline
 from cases import DEVICES
-from redline import layers, ops
+from redline import layers, ops, optim
 
 devices = pytest.mark.parametrize("device", DEVICES)
 
@@ -91,3 +92,59 @@ def test_a_length_is_not_bound_by_an_export():
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     program = torch.export.export(gpt, (tokens,), dynamic_shapes={"tokens": {1: length}})
     assert torch.equal(program.module()(tokens), gpt(tokens))
+
+
+# --- what is no tensor, no function, no number --------------------------------------------------
+
+TABLE = torch.ones(1, 1)
+NONE = {
+    "activation": ("x", ()),
+    "bias_dropout_add": ("x", (None, torch.ones(2, 4), 0.5)),
+    "gated_activation": ("x", ()),
+    "layer_norm": ("x", ()),
+    "qkv_rotary": ("qkv", (TABLE, TABLE, 1, 1)),
+    "qkv_rotary_split": ("qkv", (TABLE, TABLE, 1, 1)),
+    "rms_norm": ("x", ()),
+    "rotary": ("x", (TABLE, TABLE)),
+    "rotary_pair": ("q", (TABLE, TABLE, TABLE)),
+    "softmax": ("scores", ()),
+}
+
+
+@pytest.mark.parametrize("name", NONE)
+def test_none_is_no_tensor(name):
+    tensor, others = NONE[name]
+    said = refusal(getattr(ops, name), None, *others)
+    assert said == f"{name}: {tensor}: expected a tensor, not None"
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm"])
+def test_none_is_no_tensor_beside_one(name):
+    said = refusal(getattr(ops, f"residual_{name}"), None, torch.ones(2, 4))
+    assert said == f"{name}: x: expected a tensor, not None"
+
+
+def test_a_name_is_not_explained():
+    said = refusal(redline.explain, "rms_norm", torch.ones(4), kind=TypeError)
+    assert said == (
+        "explain: op: expected a function, such as redline.ops.rms_norm, not 'rms_norm'"
+    )
+
+
+@pytest.mark.parametrize("option", ["lr", "eps", "weight_decay"])
+def test_the_optimizers_numbers_are_numbers(option):
+    parameter = torch.nn.Parameter(torch.ones(2))
+    said = refusal(optim.AdamW, [parameter], kind=TypeError, **{option: "a"})
+    assert said == f"AdamW: {option}: expected a number or a tensor, not 'a'"
+    assert optim.AdamW([parameter], **{option: True}).param_groups[0][option] == 1
+
+
+def test_the_optimizers_betas_are_two():
+    said = refusal(optim.AdamW, [torch.nn.Parameter(torch.ones(2))], betas=0.9, kind=TypeError)
+    assert said == "AdamW: betas: expected two numbers, not 0.9"
+
+
+@pytest.mark.parametrize("enabled", [3, None, "yes"])
+def test_strict_is_on_or_off(enabled):
+    said = refusal(redline.strict, enabled, kind=TypeError)
+    assert said == f"strict: enabled: expected True or False, not {enabled!r}"

@@ -84,6 +84,10 @@ def explain(op, *inputs, measure: bool = False, **options) -> Explanation:
     >>> [launch.op for launch in found.launches], found.bytes, found.fallbacks
     (['rms_norm_forward'], 272, ())
     """
+    if not callable(op):
+        raise TypeError(
+            f"explain: op: expected a function, such as redline.ops.rms_norm, not {op!r}"
+        )
     copies = _Copies()
     inputs, options = copies.of(inputs), copies.of(options)
     device = copies.device

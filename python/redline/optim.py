@@ -10,6 +10,7 @@ optimizer.step()
 
 from collections.abc import Callable, Iterable
 from itertools import chain
+from numbers import Real
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class AdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             _check_group(self.param_groups[-1])
-        except ValueError:
+        except (TypeError, ValueError):
             self.param_groups.pop()
             raise
 
@@ -311,10 +312,16 @@ def _check_group(group: dict[str, Any]) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"AdamW: lr: expected one element, not {tuple(lr.shape)}")
     for option in ("lr", "eps", "weight_decay"):
-        if not (isinstance(group[option], Tensor) or group[option] >= 0):
-            raise ValueError(f"AdamW: {option}: expected 0 or more, not {group[option]}")
-    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"AdamW: betas: expected two values of [0, 1), not {group['betas']}")
+        value = group[option]
+        if not isinstance(value, (Tensor, Real)):
+            raise TypeError(f"AdamW: {option}: expected a number or a tensor, not {value!r}")
+        if not (isinstance(value, Tensor) or value >= 0):
+            raise ValueError(f"AdamW: {option}: expected 0 or more, not {value}")
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)):
+        raise TypeError(f"AdamW: betas: expected two numbers, not {betas!r}")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"AdamW: betas: expected two values of [0, 1), not {betas}")
     for option in ("amsgrad", "maximize", "differentiable"):
         if group[option]:
             raise ValueError(f"AdamW: {option}: expected False, it is not built")

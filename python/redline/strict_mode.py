@@ -7,7 +7,6 @@ import torch
 import redline._library  # noqa: F401  (registers the ops)
 
 
-@contextmanager
 def strict(enabled: bool = True):
     """While it is entered, an op that would fall back raises RuntimeError before it does.
 
@@ -20,6 +19,13 @@ def strict(enabled: bool = True):
     >>> with redline.strict():
     ...     y = redline.ops.softmax(torch.zeros(4, 8))
     """
+    if not isinstance(enabled, bool):
+        raise TypeError(f"strict: enabled: expected True or False, not {enabled!r}")
+    return _entered(enabled)
+
+
+@contextmanager
+def _entered(enabled):
     torch.ops.redline.enter_strict(enabled)
     try:
         yield

@@ -130,6 +130,7 @@ struct ActivationFunction {
 };
 
 Tensor differentiable(const Tensor& x, const OptionalTensor& bias, std::string_view kind) {
+  TORCH_CHECK(x.defined(), op_name, ": x: expected a tensor, not None");
   return StrictNode<ActivationFunction>::apply(x, bias, std::string(kind))[0];
 }
 

@@ -132,6 +132,8 @@ struct BiasDropoutAddFunction {
 
 Tensor differentiable(const Tensor& x, const OptionalTensor& bias, const Tensor& residual,
                       double probability, bool training) {
+  TORCH_CHECK(x.defined(), op_name, ": x: expected a tensor, not None");
+  TORCH_CHECK(residual.defined(), op_name, ": residual: expected a tensor, not None");
   return StrictNode<BiasDropoutAddFunction>::apply(x, bias, residual, probability, training)[0];
 }
 

@@ -259,6 +259,7 @@ struct GatedActivationFunction {
 };
 
 Tensor differentiable(const Tensor& x, const OptionalTensor& linear, const Options& in) {
+  TORCH_CHECK(x.defined(), op_name, ": x: expected a tensor, not None");
   return StrictNode<GatedActivationFunction>::apply(x, linear, in.bias, in.row_scale, in.row_count,
                                                     in)[0];
 }

@@ -88,7 +88,12 @@ struct NormFunction {
   }
 };
 
+void check_given(const Tensor& x, const NormInputs& in) {
+  TORCH_CHECK(x.defined(), name(in.norm), ": x: expected a tensor, not None");
+}
+
 variable_list differentiable(const Tensor& x, const NormInputs& in) {
+  check_given(x, in);
   return StrictNode<NormFunction>::apply(x, in.residual, in.input_bias, in.weight, in.bias,
                                          in.row_count, in);
 }
@@ -254,6 +259,7 @@ struct Public {
 };
 
 variable_list without_derivative(const Tensor& x, const NormInputs& in) {
+  check_given(x, in);
   return results_of(norm_forward(x, in), in);
 }
 

@@ -191,7 +191,8 @@ struct SplitFunction {
   }
 };
 
-void check_tables(const Inputs& in) {
+void check_given(const Tensor& x, const Inputs& in) {
+  TORCH_CHECK(x.defined(), in.op(), ": ", in.tensor(), ": expected a tensor, not None");
   for (const auto& [name, table] : {std::pair{"cos", &in.cos}, std::pair{"sin", &in.sin}}) {
     TORCH_CHECK(!(at::GradMode::is_enabled() && table->requires_grad()), in.op(), ": ", name,
                 ": expected a table that needs no gradient, there is none for it");
@@ -199,18 +200,18 @@ void check_tables(const Inputs& in) {
 }
 
 Tensor differentiable(const Tensor& x, const Inputs& in) {
-  check_tables(in);
+  check_given(x, in);
   return StrictNode<RotaryFunction>::apply(x, in);
 }
 
 QueryAndKey differentiable_pair(const Tensor& q, const Tensor& k, const Inputs& in) {
-  check_tables(in);
+  check_given(q, in);
   const variable_list turned = StrictNode<PairFunction>::apply(q, k, in);
   return {turned[0], turned[1]};
 }
 
 QueryKeyValue differentiable_split(const Tensor& qkv, const Inputs& in) {
-  check_tables(in);
+  check_given(qkv, in);
   const variable_list parts = StrictNode<SplitFunction>::apply(qkv, in);
   return {parts[0], parts[1], parts[2]};
 }

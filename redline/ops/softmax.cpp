@@ -160,6 +160,7 @@ struct SoftmaxFunction {
 
 Tensor differentiable(const Tensor& scores, const OptionalTensor& mask, double scale, bool causal,
                       std::optional<int64_t> window, const OptionalTensor& sink) {
+  TORCH_CHECK(scores.defined(), op_name, ": scores: expected a tensor, not None");
   return StrictNode<SoftmaxFunction>::apply(scores, mask, sink,
                                             SoftmaxOptions{scale, causal, window});
 }
