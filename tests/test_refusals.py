@@ -148,3 +148,28 @@ def test_the_optimizers_betas_are_two():
 def test_strict_is_on_or_off(enabled):
     said = refusal(redline.strict, enabled, kind=TypeError)
     assert said == f"strict: enabled: expected True or False, not {enabled!r}"
+
+
+# --- what is not built yet ----------------------------------------------------------------------
+
+
+def test_a_pre_activation_in_another_dtype_is_refused():
+    """Before anything is allocated; None says what is built, at every rung."""
+    options = {"pre_activation_dtype": torch.float8_e4m3fn}
+    sentence = (
+        "pre_activation_dtype: expected None, not torch.float8_e4m3fn; keeping the pre-activation "
+        "in another dtype is not built yet"
+    )
+    x = torch.ones(4, 4)
+    made = {
+        "LayerNormMLP": lambda **given: layers.LayerNormMLP(4, 8, **given),
+        "TransformerLayer": lambda **given: layers.TransformerLayer(4, 8, 2, **given),
+        "GPT": lambda **given: layers.GPT(8, 4, 8, 1, 2, **given),
+        "norm_mlp": lambda **given: ops.norm_mlp(
+            x, None, None, x, None, x, activation="relu", **given
+        ),
+    }
+    for name, make in made.items():
+        op = "norm_mlp" if name == "norm_mlp" else "LayerNormMLP"
+        assert refusal(make, kind=ValueError, **options) == f"{op}: {sentence}", name
+        make(pre_activation_dtype=None)

@@ -11,6 +11,7 @@ LayerNormMLPImpl::LayerNormMLPImpl(const LayerNormMLPOptions& options) : options
 
 void LayerNormMLPImpl::reset() {
   const int64_t hidden = options.hidden_size, ffn = options.ffn_hidden_size;
+  ops::check_pre_activation_dtype("LayerNormMLP", options.pre_activation_dtype);
   const bool gated = ops::is_gated("LayerNormMLP", options.activation);
   const int64_t fc1_rows = gated ? 2 * ffn : ffn;
   gain = register_gain(*this, hidden, options.norm);

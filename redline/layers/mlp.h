@@ -16,6 +16,8 @@ struct LayerNormMLPOptions {
                                       // gelu gelu_erf quick_gelu silu relu squared_relu
   NormOptions norm = {};
   WeightGradientOptions weight_gradient = {};  // of both weights
+  // Of what is kept for backward: ops::NormMlpOptions says.
+  std::optional<at::ScalarType> pre_activation_dtype = {};
 };
 
 // y = act(norm(x) W1^T + b1) W2^T + b2; layer_norm_weight [hidden], fc1_weight [ffn, hidden] or,

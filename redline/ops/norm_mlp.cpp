@@ -239,8 +239,14 @@ Results autocast(const Tensor& x, const NormParameters& norm, const MlpParameter
 
 // --- public op ----------------------------------------------------------------------------------
 
+void check_pre_activation_dtype(const char* op, std::optional<at::ScalarType> dtype) {
+  TORCH_CHECK(!dtype, op, ": pre_activation_dtype: expected none, not ", *dtype,
+              "; keeping the pre-activation in another dtype is not built yet");
+}
+
 NormMlpOutput norm_mlp(const Tensor& x, const NormParameters& norm, const MlpParameters& mlp,
                        const Options& options) {
+  check_pre_activation_dtype(op_name, options.pre_activation_dtype);
   static const auto op = find_op<decltype(implement<differentiable>)>("redline::norm_mlp");
   const WeightGradientOptions &first = options.fc1_gradient, &second = options.fc2_gradient;
   const auto [y, sum] =

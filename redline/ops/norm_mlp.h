@@ -21,12 +21,17 @@ struct NormMlpOptions {
   NormPartOptions norm = {};
   std::string activation = "swiglu";  // a kind of activation or gated_activation
   WeightGradientOptions fc1_gradient = {}, fc2_gradient = {};
+  // What the pre-activation is kept in for backward. Absent: as fc1 gives it; others are not built.
+  std::optional<at::ScalarType> pre_activation_dtype = {};
 };
 
 struct NormMlpOutput {
   at::Tensor y;    // [..., out]
   at::Tensor sum;  // x + residual; undefined without a residual
 };
+
+// Refuses another dtype than the one that is built.
+void check_pre_activation_dtype(const char* op, std::optional<at::ScalarType> dtype);
 
 // x [..., in]; the weights of x's dtype, or of 16 bits beside a float32 x.
 NormMlpOutput norm_mlp(const at::Tensor& x, const NormParameters& norm, const MlpParameters& mlp,

@@ -262,6 +262,20 @@ TEST(Layers, AWrongInputIsToldInWordsOfX) {
             "Attention: x: expected [tokens, hidden_size] beside cu_seqlens, not [1, 2, 8]");
 }
 
+TEST(Layers, APreActivationInAnotherDtypeIsRefused) {
+  const std::string expected =
+      "pre_activation_dtype: expected none, not Float8_e4m3fn; keeping the pre-activation in "
+      "another dtype is not built yet";
+  const LayerNormMLPOptions options{
+      .hidden_size = 4, .ffn_hidden_size = 8, .pre_activation_dtype = torch::kFloat8_e4m3fn};
+  EXPECT_EQ(refusal([&] { LayerNormMLP mlp(options); }), "LayerNormMLP: " + expected);
+  const Tensor x = torch::ones({2, 4});
+  ops::NormMlpOptions node;
+  node.pre_activation_dtype = options.pre_activation_dtype;
+  EXPECT_EQ(refusal([&] { ops::norm_mlp(x, {}, {.fc1_weight = x, .fc2_weight = x}, node); }),
+            "norm_mlp: " + expected);
+}
+
 TEST(Recompute, ForgetsItsCastsOfWeights) {
   const Tensor x = torch::ones({2, 3}), weight = torch::ones({3, 2}, torch::requires_grad());
   at::autocast::set_autocast_enabled(at::kCPU, true);

@@ -7,6 +7,7 @@ from redline.layers.linear import reset_linear
 from redline.layers.norm import InputNorm
 from redline.layers.parameters import parameter
 from redline.layers.weight_gradient import WeightGradient, add_gradient
+from redline.ops.norm_linear import check_pre_activation_dtype
 
 GATED = ("swiglu", "geglu", "reglu", "quick_geglu", "clamped_swiglu")
 PLAIN = ("gelu", "gelu_erf", "quick_gelu", "silu", "relu", "squared_relu")
@@ -19,6 +20,7 @@ class LayerNormMLP(WeightGradient, InputNorm):
     dropped with the probability `dropout` first.
     Kept for backward: x (or the sum), a number or two per row and fc1's product, nothing else.
     Both weights' gradients go where `Linear`'s options of the same names say.
+    pre_activation_dtype: what fc1's product is kept in; None, as it is, is what is built.
 
     >>> LayerNormMLP(1024, 2816)(torch.randn(2, 16, 1024)).shape
     torch.Size([2, 16, 1024])
@@ -36,12 +38,14 @@ class LayerNormMLP(WeightGradient, InputNorm):
         zero_centered=False,
         accumulate_main_grad=False,
         delay_weight_grad=False,
+        pre_activation_dtype=None,
         device=None,
         dtype=None,
     ):
         if activation not in GATED + PLAIN:
             expected = " ".join(GATED + PLAIN)
             raise ValueError(f"LayerNormMLP: activation: expected {expected}, not {activation}")
+        check_pre_activation_dtype("LayerNormMLP", pre_activation_dtype)
         factory = {"device": device, "dtype": dtype}
         super().__init__(hidden_size, normalization, eps, zero_centered, factory)
         self.hidden_size, self.ffn_hidden_size = hidden_size, ffn_hidden_size

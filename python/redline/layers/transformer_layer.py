@@ -21,7 +21,7 @@ class TransformerLayer(torch.nn.Module):
 
     recompute: what backward computes again instead of keeping it: "none"; "selective", what
     attention itself keeps between q, k, v and its output, no product; "full", all but the layer's
-    inputs.
+    inputs. pre_activation_dtype: LayerNormMLP's.
 
     >>> TransformerLayer(1024, 2816, heads=16)(torch.randn(2, 128, 1024)).shape
     torch.Size([2, 128, 1024])
@@ -41,6 +41,7 @@ class TransformerLayer(torch.nn.Module):
         eps=1e-5,
         zero_centered=False,
         recompute="none",
+        pre_activation_dtype=None,
         device=None,
         dtype=None,
         **attention,
@@ -60,7 +61,11 @@ class TransformerLayer(torch.nn.Module):
         shared |= {"zero_centered": zero_centered, "dtype": dtype}
         self.self_attention = Attention(hidden_size, heads, kv_heads, **attention, **shared)
         self.layernorm_mlp = LayerNormMLP(
-            hidden_size, ffn_hidden_size, activation=activation, **shared
+            hidden_size,
+            ffn_hidden_size,
+            activation=activation,
+            pre_activation_dtype=pre_activation_dtype,
+            **shared,
         )
 
     def forward_residual(self, x, residual=None, dropout=0.0, **where):

@@ -76,6 +76,15 @@ def norm_linear(
     )
 
 
+def check_pre_activation_dtype(op: str, dtype: torch.dtype | None) -> None:
+    """Refuses what is not built."""
+    if dtype is not None:
+        raise ValueError(
+            f"{op}: pre_activation_dtype: expected None, not {dtype}; keeping the pre-activation "
+            "in another dtype is not built yet"
+        )
+
+
 def norm_mlp(
     x: Tensor,
     norm_weight: Tensor | None,
@@ -101,6 +110,7 @@ def norm_mlp(
     tp_group: str | None = None,
     sequence_parallel: bool = False,
     dropout: float = 0.0,
+    pre_activation_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """act(norm(x) W1^T + b1) W2^T + b2 as one node, with the bits of the ops one by one.
 
@@ -109,11 +119,13 @@ def norm_mlp(
     added within the activation; fc2_weight: [out, ffn]. The weights' options are `linear`'s.
     Returns y: [..., out], or (y, sum) with a residual. Keeps x (or the sum), one float32
     per row (layer_norm: two) and fc1's product, nothing else; backward rebuilds norm(x) in one
-    pass, the activation's output in that of its gradient.
+    pass, the activation's output in that of its gradient. pre_activation_dtype: what fc1's product
+    is kept in; None, as it is, is what is built.
 
     >>> norm_mlp(torch.ones(1, 2), None, None, torch.eye(2), None, torch.eye(2), activation="relu")
     tensor([[1.0000, 1.0000]])
     """
+    check_pre_activation_dtype("norm_mlp", pre_activation_dtype)
     tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     return _given(
         _ops.norm_mlp(
