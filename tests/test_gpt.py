@@ -55,6 +55,45 @@ def test_gpt_loss_is_the_cross_entropy_of_its_logits(name, device):
     assert {key.split(".")[0] for key in keys} <= {"embedding", "layers", "final_norm", "head"}
 
 
+@gpts
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gpt_predicts_the_largest_logits(reduction, name, device):
+    gpt, tokens = seeded_gpt(GPTS[name], device)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    with torch.no_grad():
+        logits, loss = gpt(inputs), gpt(inputs, targets, reduction=reduction)
+        predicted = gpt(inputs, targets, reduction=reduction, return_predictions=True)
+    assert torch.equal(predicted[0], loss)
+    assert torch.equal(predicted[1], logits.argmax(-1))
+    stock = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction=reduction
+    )
+    torch.testing.assert_close(loss.flatten(), stock.reshape(-1))
+
+
+def test_gpt_trains_beside_its_predictions(device):
+    gpt, tokens = seeded_gpt(GPTS["GPT"], device)
+    parameters = list(gpt.parameters())
+    alone = torch.autograd.grad(gpt(tokens, tokens), parameters)
+    loss, predictions = gpt(tokens, tokens, return_predictions=True)
+    assert not predictions.requires_grad
+    agree(torch.autograd.grad(loss, parameters), alone)
+
+
+@pytest.mark.parametrize(
+    ("fused_loss", "targets", "message"),
+    [
+        ("none", False, "GPT: targets: expected some beside return_predictions, not None"),
+        ("promise", True, "GPT: return_predictions: expected False beside fused_loss='promise'"),
+        ("recompute", True, "GPT: return_predictions: .*'recompute', which has no logits"),
+    ],
+)
+def test_gpt_refuses_predictions_without_logits(fused_loss, targets, message):
+    gpt, tokens = seeded_gpt(functools.partial(GPTS["GPT"], fused_loss=fused_loss))
+    with pytest.raises(RuntimeError, match=message):
+        gpt(tokens, tokens if targets else None, return_predictions=True)
+
+
 @pytest.mark.parametrize("inplace", [True, False])
 def test_gpt_writes_its_gradient_over_the_logits(inplace, device):
     make = functools.partial(GPT, 31, HIDDEN, FFN, 1, HEADS, inplace_backward=inplace)

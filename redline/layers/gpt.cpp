@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "redline/ops/cross_entropy.h"
 #include "redline/ops/fused_linear_cross_entropy.h"
 
 namespace redline::layers {
@@ -65,12 +64,28 @@ Tensor GPTImpl::fused_loss(const Tensor& x, const Tensor& targets) {
   return ops::fused_linear_cross_entropy(x, head->weight, targets, {}, fused);
 }
 
+ops::CrossEntropyOptions GPTImpl::loss_options(const Tensor& logits) const {
+  return {.inplace_backward = options.inplace_backward && logits.requires_grad()};
+}
+
 Tensor GPTImpl::loss(const Tensor& tokens, const Tensor& targets, const Packing& packing) {
   const Tensor x = features(tokens, packing);
   if (options.fused_loss != FusedLoss::none) return fused_loss(x, targets);
   const Tensor all = logits(x);
-  const bool inplace = options.inplace_backward && all.requires_grad();
-  return ops::cross_entropy(all, targets, {.inplace_backward = inplace});
+  return ops::cross_entropy(all, targets, loss_options(all));
+}
+
+std::tuple<Tensor, Tensor> GPTImpl::loss_and_predictions(const Tensor& tokens,
+                                                         const Tensor& targets,
+                                                         const Packing& packing,
+                                                         const std::string& reduction) {
+  TORCH_CHECK(options.fused_loss == FusedLoss::none,
+              "GPT: predictions: expected a fused_loss of none, for a fused one has no logits");
+  const Tensor all = logits(features(tokens, packing));
+  ops::CrossEntropyOptions given = loss_options(all);
+  given.reduction = reduction;
+  const auto out = ops::cross_entropy_with_predictions(all, targets, given);
+  return {out.loss, out.predictions};
 }
 
 }  // namespace redline::layers

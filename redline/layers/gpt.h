@@ -6,6 +6,7 @@
 #include "redline/layers/module.h"
 #include "redline/layers/norm.h"
 #include "redline/layers/transformer_layer.h"
+#include "redline/ops/cross_entropy.h"
 
 namespace redline::layers {
 
@@ -37,6 +38,12 @@ class GPTImpl : public torch::nn::Cloneable<GPTImpl> {
   Tensor forward(const Tensor& tokens, const Packing& packing = {});
   // The mean cross entropy, a float32 scalar; targets of the tokens' shape.
   Tensor loss(const Tensor& tokens, const Tensor& targets, const Packing& packing = {});
+  // For evaluation: {loss, predictions}, the second the most likely class of each token, int64, of
+  // the targets' shape, out of the read that the loss makes; reduction "none" gives each token's
+  // loss, "sum" their sum. An error with a fused loss.
+  std::tuple<Tensor, Tensor> loss_and_predictions(const Tensor& tokens, const Tensor& targets,
+                                                  const Packing& packing = {},
+                                                  const std::string& reduction = "mean");
 
   GPTOptions options;
   Embedding embedding = nullptr;
@@ -48,6 +55,7 @@ class GPTImpl : public torch::nn::Cloneable<GPTImpl> {
   // What the head reads: [batch, sequence, hidden].
   Tensor features(const Tensor& tokens, const Packing& packing);
   Tensor logits(const Tensor& x);
+  ops::CrossEntropyOptions loss_options(const Tensor& logits) const;
   Tensor fused_loss(const Tensor& x, const Tensor& targets);
 };
 using GPT = Holder<GPTImpl, GPTOptions>;

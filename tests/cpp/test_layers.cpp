@@ -276,6 +276,21 @@ TEST(Layers, APreActivationInAnotherDtypeIsRefused) {
             "norm_mlp: " + expected);
 }
 
+TEST(Layers, GPTPredictsItsLargestLogits) {
+  GPT gpt(small_gpt());
+  const Tensor tokens = some_tokens(), largest = gpt(tokens).argmax(-1);
+  const auto [loss, predictions] = gpt->loss_and_predictions(tokens, tokens);
+  EXPECT_TRUE(torch::equal(loss, gpt->loss(tokens, tokens)));
+  EXPECT_TRUE(torch::equal(predictions, largest));
+  const auto [each, same] = gpt->loss_and_predictions(tokens, tokens, {}, "none");
+  EXPECT_EQ(each.sizes(), tokens.sizes());
+  EXPECT_TRUE(torch::equal(same, largest));
+  GPTOptions fused = small_gpt();
+  fused.fused_loss = FusedLoss::recompute;
+  EXPECT_EQ(refusal([&] { GPT(fused)->loss_and_predictions(tokens, tokens); }),
+            "GPT: predictions: expected a fused_loss of none, for a fused one has no logits");
+}
+
 TEST(Recompute, ForgetsItsCastsOfWeights) {
   const Tensor x = torch::ones({2, 3}), weight = torch::ones({3, 2}, torch::requires_grad());
   at::autocast::set_autocast_enabled(at::kCPU, true);

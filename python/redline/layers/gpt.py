@@ -16,7 +16,10 @@ class GPT(torch.nn.Module):
     """A decoder-only language model; further keywords are TransformerLayer's.
 
     forward(tokens [batch, sequence]) -> logits [batch, sequence, vocabulary]; with targets of the
-    tokens' shape -> the mean cross entropy, a float32 scalar. `tied`: embedding.weight is the head.
+    tokens' shape -> the mean cross entropy, a float32 scalar; reduction "none" gives each token's,
+    "sum" their sum. return_predictions -> (loss, predictions), for evaluation: the class of the
+    largest logit of each token, int64, out of the read that the loss makes; not with a fused loss,
+    which has no logits. `tied`: embedding.weight is the head.
 
     inplace_backward: backward writes the gradient of the loss's logits over them, which saves a
     buffer of their size; a second backward through the same loss is then an error. Forward hooks on
@@ -81,7 +84,9 @@ class GPT(torch.nn.Module):
             else:  # a norm's gain
                 torch.nn.init.constant_(parameter, 0.0 if self.final_norm.zero_centered else 1.0)
 
-    def forward(self, tokens, targets=None, **where):
+    def forward(self, tokens, targets=None, *, reduction="mean", return_predictions=False, **where):
+        if return_predictions:
+            self._check_predictions(targets)
         x, residual, dropout = self.embedding(tokens), None, 0.0
         for layer in self.layers:
             x, residual, dropout = layer.forward_residual(x, residual, dropout, **where)
@@ -91,7 +96,7 @@ class GPT(torch.nn.Module):
             else self.final_norm(x, residual, dropout=dropout)[0]
         )
         if targets is not None and self.fused_loss != "none":
-            return self._fused_loss(x, targets)
+            return self._fused_loss(x, targets, reduction)
         if self.head is None:
             logits = torch.nn.functional.linear(x, self.embedding.weight)
         else:
@@ -100,9 +105,24 @@ class GPT(torch.nn.Module):
             return logits
         seen = self.head is not None and len(self.head._forward_hooks) > 0
         inplace = self.inplace_backward and logits.requires_grad and not seen
-        return ops.cross_entropy(logits, targets, inplace_backward=inplace)
+        return ops.cross_entropy(
+            logits,
+            targets,
+            reduction,
+            inplace_backward=inplace,
+            return_predictions=return_predictions,
+        )
 
-    def _fused_loss(self, x, targets):
+    def _check_predictions(self, targets):
+        if targets is None:
+            raise RuntimeError("GPT: targets: expected some beside return_predictions, not None")
+        if self.fused_loss != "none":
+            raise RuntimeError(
+                "GPT: return_predictions: expected False beside fused_loss="
+                f"'{self.fused_loss}', which has no logits"
+            )
+
+    def _fused_loss(self, x, targets, reduction):
         weight, options = self.embedding.weight, {}
         if self.head is not None:
             for given, what in (
@@ -117,4 +137,5 @@ class GPT(torch.nn.Module):
             weight = self.head.weight
             options = self.head.destination(weight)
         scale = 1.0 if self.fused_loss == "promise" else None
-        return ops.fused_linear_cross_entropy(x, weight, targets, loss_scale=scale, **options)
+        options |= {"reduction": reduction, "loss_scale": scale}
+        return ops.fused_linear_cross_entropy(x, weight, targets, **options)
