@@ -14,6 +14,7 @@ from redline import layers
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "memory.md"
 HIDDEN, FFN, HEADS, FEWER, HEAD_DIM, TOKENS = 128, 192, 8, 2, 16, 64
+LAYERS, VOCABULARY = 2, 31
 
 
 def freeze(layer, *names):
@@ -26,12 +27,17 @@ def freeze(layer, *names):
 linear = functools.partial(layers.LayerNormLinear, HIDDEN, 96)
 mlp = functools.partial(layers.LayerNormMLP, HIDDEN, FFN)
 block = functools.partial(layers.TransformerLayer, HIDDEN, FFN, HEADS)
+gpt = functools.partial(layers.GPT, VOCABULARY, HIDDEN, FFN, LAYERS, HEADS)
 NORM = ("layer_norm_weight",)
-# The rows of the document: how the layer is made, and whether its input has a gradient.
+# The rows of the document: how the layer is made.
 ROWS = {
     "`RMSNorm`": lambda: layers.RMSNorm(HIDDEN),
     "`LayerNorm`": lambda: layers.LayerNorm(HIDDEN),
     "`Linear`": lambda: layers.Linear(HIDDEN, 96),
+    "`Linear`, accumulate_main_grad": lambda: layers.Linear(HIDDEN, 96, accumulate_main_grad=True),
+    "`Linear`, delay_weight_grad": lambda: layers.Linear(HIDDEN, 96, delay_weight_grad=True),
+    "`GroupedLinear`": lambda: layers.GroupedLinear(2, HIDDEN, 96),
+    "`Embedding`": lambda: layers.Embedding(VOCABULARY, HIDDEN),
     "`LayerNormLinear`": linear,
     "`LayerNormLinear`, LayerNorm": lambda: linear(normalization="LayerNorm"),
     "`LayerNormLinear`, keep_normalized": lambda: linear(keep_normalized=True),
@@ -43,8 +49,11 @@ ROWS = {
     "`Attention`": lambda: layers.Attention(HIDDEN, HEADS),
     "`Attention`, fewer kv_heads": lambda: layers.Attention(HIDDEN, HEADS, FEWER),
     "`TransformerLayer`": block,
+    "`TransformerLayer`, dropout": lambda: block(dropout=0.1),
     "`TransformerLayer`, recompute selective": lambda: block(recompute="selective"),
     "`TransformerLayer`, recompute full": lambda: block(recompute="full"),
+    "`GPT`, its loss": gpt,
+    "`GPT`, its loss, fused_loss recompute": lambda: gpt(fused_loss="recompute"),
 }
 
 
@@ -54,7 +63,22 @@ def formulas():
     return dict(rows)
 
 
-def kept_bytes(layer, x):
+def made(row, dtype, device):
+    """The row's layer, and what it is called with: TOKENS of them."""
+    layer = ROWS[row]().to(device, dtype)
+    if "main_grad" in row:
+        layer.weight.main_grad = torch.zeros_like(layer.weight, dtype=torch.float32)
+    tokens = torch.randint(VOCABULARY, (2, TOKENS // 2), device=device)
+    if "GPT" in row:
+        return layer, (tokens, tokens.clone())
+    if "Embedding" in row:
+        return layer, (tokens,)
+    x = torch.randn(2, TOKENS // 2, HIDDEN, device=device, dtype=dtype)
+    x.requires_grad_("frozen norm" not in row)
+    return layer, ((x.flatten(0, 1), [24, TOKENS - 24]) if "Grouped" in row else (x,))
+
+
+def kept_bytes(layer, *inputs):
     """Of the storages that autograd keeps, without those of parameters and tables."""
     owned = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
     kept = {}
@@ -66,7 +90,7 @@ def kept_bytes(layer, x):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        layer(x)
+        layer(*inputs)
     return sum(kept.values())
 
 
@@ -114,16 +138,17 @@ def test_every_row_is_measured():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("row", ROWS)
 def test_kept_bytes_are_the_formula(row, dtype, device):
-    layer = ROWS[row]().to(device, dtype)
-    x = torch.randn(2, TOKENS // 2, HIDDEN, device=device, dtype=dtype)
-    x.requires_grad_("frozen norm" not in row)
+    layer, inputs = made(row, dtype, device)
     key_heads = FEWER if "fewer" in row else HEADS
     sizes = {"h": HIDDEN, "f": FFN, "q": HEADS * HEAD_DIM, "k": key_heads * HEAD_DIM, "n": HEADS}
+    sizes |= {"l": LAYERS, "v": VOCABULARY, "t": TOKENS}
     formula = formulas()[row]
     if device == "cuda" and "fewer" in row and dtype == torch.float32:
         formula = re.search(r"in float32 on CUDA.*?`(.*?)`", DOCUMENT.read_text(), re.DOTALL)[1]
-    expected = TOKENS * eval(formula, {"e": dtype.itemsize, **sizes})
+    expected = round(TOKENS * eval(formula, {"e": dtype.itemsize, **sizes}))
     # torch's attention on CUDA keeps the state of its random numbers too: 32 bytes or less.
-    more = 64 if device == "cuda" and ("Attention" in row or "Transformer" in row) else 0
-    measured = living_bytes(layer, x) if "recompute" in row else kept_bytes(layer, x)
+    attends = any(name in row for name in ("Attention", "Transformer", "GPT"))
+    more = 64 if device == "cuda" and attends else 0
+    checkpoints = "TransformerLayer`, recompute" in row
+    measured = living_bytes(layer, *inputs) if checkpoints else kept_bytes(layer, *inputs)
     assert expected <= measured <= expected + more
