@@ -8,9 +8,12 @@ import torch.nn.functional as F
 import rivals
 from bench import Case, both_directions
 from redline import ops
+from settings import settings
 
 SIZES = [(8192, 4096), (16384, 16384)]
 SIZES_CPU = [(4096, 1024)]
+SIZES_CPU_LARGE = [(4096, 4096)]  # 64 MB
+SIZES_CPU_BF16 = [(4096, 1024)]
 STOCK = {
     "gelu": functools.partial(F.gelu, approximate="tanh"),
     "gelu_erf": F.gelu,
@@ -27,11 +30,10 @@ def make(shape, device, dtype, with_gradient):
     )
 
 
-def cases(device):
-    dtype, name = (torch.bfloat16, "bf16") if device == "cuda" else (torch.float32, "f32")
+def cases_of(device, sizes, dtype, label, plain):
     for kind, stock in STOCK.items():
-        for shape in SIZES if device == "cuda" else SIZES_CPU:
-            for with_bias in (False, True):
+        for shape in sizes:
+            for with_bias in (False,) if plain else (False, True):
                 bias = torch.randn(shape[1], device=device, dtype=dtype, requires_grad=True)
                 parameters = (bias,) if with_bias else ()
 
@@ -53,9 +55,14 @@ def cases(device):
                     name=f"activation {kind}" + " bias" * with_bias,
                     direction="",
                     shape=f"{shape[0]} x {shape[1]}",
-                    dtype=name,
+                    dtype=label,
                     bytes=(2 * size, 3 * size),
                     make=functools.partial(make, shape, device, dtype),
                     calls={},
                 )
                 yield from both_directions(sketch, calls, parameters)
+
+
+def cases(device):
+    for setting in settings(device, SIZES, SIZES_CPU, SIZES_CPU_LARGE, SIZES_CPU_BF16):
+        yield from cases_of(device, *setting)

@@ -11,11 +11,14 @@ import torch.nn.functional as F
 import rivals
 from bench import Case
 from redline import ops
+from settings import settings
 
 # 50257 classes put every row at another alignment.
 VOCABULARIES = [32000, 50257, 100352, 128256, 151936, 152064, 201088, 262144]
 SIZES = [*((8192, vocabulary) for vocabulary in VOCABULARIES), (64, 128256)]
-SIZES_CPU = [(4096, 8192), (1024, 32000)]
+SIZES_CPU = [(4096, 8192), (1024, 32000)]  # 128 MB
+SIZES_CPU_LARGE = []
+SIZES_CPU_BF16 = [(4096, 8192)]
 PREDICTED = [(8192, 50257), (8192, 128256), (8192, 152064)]
 
 
@@ -97,25 +100,29 @@ def predictions_cases(make, shape, dtype, device):
     yield Case(title, "fwd+bwd", shape, name, 2 * size, make, calls)
 
 
-def cases(device):
-    dtype, name = (torch.bfloat16, "bf16") if device == "cuda" else (torch.float32, "f32")
+def cases_of(device, sizes, dtype, label, plain):
     variants = {
         "redline": ops.cross_entropy,
         "eager": F.cross_entropy,
         "compile": torch.compile(F.cross_entropy, dynamic=False),
         **rivals.calls("cross_entropy"),
     }
-    for rows, cols in SIZES if device == "cuda" else SIZES_CPU:
+    for rows, cols in sizes:
         size = rows * cols * dtype.itemsize
         make, shape = maker(rows, cols, device, dtype), f"{rows} x {cols}"
         calls = {k: torch.no_grad()(call) for k, call in variants.items()}
-        yield Case("cross_entropy", "fwd", shape, name, size, make, calls)
+        yield Case("cross_entropy", "fwd", shape, label, size, make, calls)
         calls = {k: with_backward(call) for k, call in variants.items()}
         yield Case(
-            "cross_entropy", "fwd+bwd", shape, name, 3 * size, make, {**calls, "redline": in_place}
+            "cross_entropy", "fwd+bwd", shape, label, 3 * size, make, {**calls, "redline": in_place}
         )
         promised = functools.partial(in_place, loss_scale=torch.ones((), device=device))
         calls = {**calls, "redline": promised}
-        yield Case("cross_entropy promised", "fwd+bwd", shape, name, 2 * size, make, calls)
-        if device == "cpu" or (rows, cols) in PREDICTED:
+        yield Case("cross_entropy promised", "fwd+bwd", shape, label, 2 * size, make, calls)
+        if not plain and (device == "cpu" or (rows, cols) in PREDICTED):
             yield from predictions_cases(make, shape, dtype, device)
+
+
+def cases(device):
+    for setting in settings(device, SIZES, SIZES_CPU, SIZES_CPU_LARGE, SIZES_CPU_BF16):
+        yield from cases_of(device, *setting)

@@ -9,9 +9,12 @@ import torch.nn.functional as F
 import rivals
 from bench import Case, both_directions
 from redline import ops
+from settings import settings
 
 SIZES = [(8192, 1536), (8192, 4096), (16384, 4096), (16384, 14336)]
 SIZES_CPU = [(4096, 1024)]
+SIZES_CPU_LARGE = [(4096, 2048)]  # an x of 64 MB
+SIZES_CPU_BF16 = [(4096, 1024)]
 LIMIT, ALPHA, OFFSET = 7.0, 1.702, 1.0  # clamped_swiglu's own
 
 
@@ -63,17 +66,15 @@ def inputs_of(shape, extras):
     return [(rows, 2 * cols)] + ([(rows,)] if "row_scale" in extras else [])
 
 
-def cases(device):
-    dtype, label = (torch.bfloat16, "bf16") if device == "cuda" else (torch.float32, "f32")
-
+def cases_of(device, sizes, dtype, label, plain):
     def make(shape, extras, with_gradient):
-        sizes = inputs_of(shape, extras) + ([shape] if with_gradient else [])
-        return tuple(torch.randn(size, device=device, dtype=dtype) for size in sizes)
+        drawn = inputs_of(shape, extras) + ([shape] if with_gradient else [])
+        return tuple(torch.randn(size, device=device, dtype=dtype) for size in drawn)
 
-    for kind, extras in ROWS:
+    for kind, extras in ((kind, ()) for kind in STOCK) if plain else ROWS:
         op = "gated_activation_pair" if "pair" in extras else "gated_activation"
         name = " ".join([op, kind, *(extra for extra in extras if extra != "pair")])
-        for shape in SIZES if device == "cuda" else SIZES_CPU:
+        for shape in sizes:
             bias = torch.randn(2 * shape[1], device=device, dtype=dtype, requires_grad=True)
             parameters = (bias,) if "bias" in extras else ()
             ours, eager = forwards(kind, extras, *parameters or (None,))
@@ -100,3 +101,8 @@ def cases(device):
                 calls={},
             )
             yield from both_directions(sketch, calls, parameters)
+
+
+def cases(device):
+    for setting in settings(device, SIZES, SIZES_CPU, SIZES_CPU_LARGE, SIZES_CPU_BF16):
+        yield from cases_of(device, *setting)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import rivals
 from bench import Case, both_directions, empty_kernels
 from redline import ops
+from settings import settings
 
 # Heads' norms, models' widths, and rows that outgrow a block.
 SIZES = [
@@ -30,6 +31,8 @@ SIZES = [
 ]
 SIZES_CPU = [(4096, 1024), (2048, 4096)]
 AMAX_SIZES = [(262144, 256), (8192, 4096), (16384, 4096), (8192, 8192), (1024, 65536)]
+SIZES_CPU_LARGE = [(4096, 4096)]  # 64 MB
+SIZES_CPU_BF16 = [(4096, 1024)]
 SMALL = 2**19  # elements, of which launches take the most time
 DROPOUT_SIZES = [(65536, 1024), (8192, 4096), (16384, 4096), (8192, 8192)]
 PROBABILITY = 0.1
@@ -75,9 +78,9 @@ def dropped(norm, cols, weight, bias):
     return calls, parameters
 
 
-def dropout_cases(device, dtype, label):
+def dropout_cases(device, sizes, dtype, label):
     for norm in ("rms_norm", "layer_norm"):
-        for shape in DROPOUT_SIZES if device == "cuda" else SIZES_CPU:
+        for shape in DROPOUT_SIZES if device == "cuda" else sizes:
             weight, bias = (
                 torch.rand(shape[1], device=device, dtype=dtype).requires_grad_() for _ in range(2)
             )
@@ -101,9 +104,9 @@ def dropout_cases(device, dtype, label):
             yield from both_directions(sketch, calls, parameters, outputs=2)
 
 
-def amax_cases(device, dtype, label):
+def amax_cases(device, sizes, dtype, label):
     for norm in ("rms_norm", "layer_norm"):
-        for shape in AMAX_SIZES if device == "cuda" else SIZES_CPU:
+        for shape in AMAX_SIZES if device == "cuda" else sizes:
             weight, bias = (torch.rand(shape[1], device=device, dtype=dtype) for _ in range(2))
             parameters = (weight,) if norm == "rms_norm" else (weight, bias)
             one = functools.partial(getattr(ops, norm), return_amax=True)
@@ -138,10 +141,9 @@ def beside_empty_kernels(case):
     return case
 
 
-def cases(device):
-    dtype, label = (torch.bfloat16, "bf16") if device == "cuda" else (torch.float32, "f32")
+def cases_of(device, sizes, dtype, label, plain):
     for name in ("rms_norm", "layer_norm", "residual_rms_norm", "residual_layer_norm"):
-        for rows, cols in SIZES if device == "cuda" else SIZES_CPU:
+        for rows, cols in sizes:
             weight, bias = (
                 torch.rand(cols, device=device, dtype=dtype).requires_grad_() for _ in range(2)
             )
@@ -167,5 +169,11 @@ def cases(device):
             found = both_directions(sketch, calls, parameters, outputs=tensors)
             small = device == "cuda" and rows * cols <= SMALL
             yield from map(beside_empty_kernels, found) if small else found
-    yield from amax_cases(device, dtype, label)
-    yield from dropout_cases(device, dtype, label)
+    if not plain:
+        yield from amax_cases(device, sizes, dtype, label)
+        yield from dropout_cases(device, sizes, dtype, label)
+
+
+def cases(device):
+    for setting in settings(device, SIZES, SIZES_CPU, SIZES_CPU_LARGE, SIZES_CPU_BF16):
+        yield from cases_of(device, *setting)

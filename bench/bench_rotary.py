@@ -8,10 +8,13 @@ import torch
 import rivals
 from bench import Case, both_directions
 from redline import ops
+from settings import settings
 
 # (batch, seq, heads, kv_heads, head_dim)
 SIZES = [(4, 4096, 32, 8, 128), (4, 4096, 32, 8, 64), (8, 2048, 16, 16, 64)]
 SIZES_CPU = [(4, 1024, 16, 4, 64), (1, 1024, 8, 8, 128)]
+SIZES_CPU_LARGE = [(4, 4096, 16, 4, 64)]  # a q of 64 MB
+SIZES_CPU_BF16 = [(4, 1024, 16, 4, 64)]
 
 
 def rotate_half(x, cos, sin):
@@ -59,28 +62,23 @@ def split(cos, sin, wide, heads, kv_heads):
     return {"redline": lambda qkv: call(qkv, cos, sin, heads, kv_heads), "eager": eager}
 
 
-def cases(device):
-    dtype, label = (torch.bfloat16, "bf16") if device == "cuda" else (torch.float32, "f32")
-
+def cases_of(device, sizes, dtype, label, plain):
     def make(shapes, results, with_gradient):
         drawn = [*shapes, *results] if with_gradient else shapes
         return tuple(torch.randn(size, device=device, dtype=dtype) for size in drawn)
 
-    for batch, seq, heads, kv_heads, dim in SIZES if device == "cuda" else SIZES_CPU:
+    for batch, seq, heads, kv_heads, dim in sizes:
         cos, sin = tables(seq, dim, device)
         wide = [torch.cat((table, table), -1)[:, None].to(dtype) for table in (cos, sin)]
         q, k = ((batch, seq, count, dim) for count in (heads, kv_heads))
         qkv = (batch, seq, (heads + 2 * kv_heads) * dim)
-        for name, shapes, results, calls in (
-            (
-                "rotary q, k",
-                [q, k],
-                [q, k],
-                q_and_k(cos, sin, wide) | rivals.calls("rotary q, k", cos, sin),
-            ),
+        pair = q_and_k(cos, sin, wide) | rivals.calls("rotary q, k", cos, sin)
+        rows = [
+            ("rotary q, k", [q, k], [q, k], pair),
             ("qkv_rotary", [qkv], [qkv], packed(cos, sin, wide, heads, kv_heads)),
             ("qkv_rotary_split", [qkv], [q, k, k], split(cos, sin, wide, heads, kv_heads)),
-        ):
+        ]
+        for name, shapes, results, calls in rows[:1] if plain else rows:
             calls["compile"] = torch.compile(calls["eager"], dynamic=False)
             size = 2 * sum(torch.Size(shape).numel() for shape in shapes) * dtype.itemsize
             sketch = Case(
@@ -93,3 +91,8 @@ def cases(device):
                 calls={},
             )
             yield from both_directions(sketch, calls, outputs=len(results))
+
+
+def cases(device):
+    for setting in settings(device, SIZES, SIZES_CPU, SIZES_CPU_LARGE, SIZES_CPU_BF16):
+        yield from cases_of(device, *setting)

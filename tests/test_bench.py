@@ -61,7 +61,8 @@ def test_stock_gives_what_redline_gives(op, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)
     module = importlib.import_module(op)
     if op in SMALL:
-        monkeypatch.setattr(module, "SIZES_CPU", [SMALL[op]])
+        for sizes in {"SIZES_CPU", "SIZES_CPU_LARGE", "SIZES_CPU_BF16"} & set(vars(module)):
+            monkeypatch.setattr(module, sizes, [SMALL[op]])
     for case in module.cases("cpu"):
         if not case.random:
             bench.check(case, case.make(), "cpu")
