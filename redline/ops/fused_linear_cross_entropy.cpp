@@ -71,7 +71,9 @@ struct FusedLinearCrossEntropyFunction {
       return wanted[i] ? fulfilled_gradient(saved[i], loss_grad, saved[3], dtype, main_grad)
                        : Tensor();
     };
-    return {gradient(0, {}), gradient(1, {weight.main_grad, weight.accumulate}), gradient(2, {})};
+    HeadGradients out = {.x = gradient(0, {}), .weight = {}, .bias = gradient(2, {})};
+    out.weight = gradient(1, {weight.main_grad, weight.accumulate});  // last: docs/memory.md
+    return out;
   }
 
   static HeadGradients recomputed(AutogradContext* ctx, const Tensor& loss_grad,
@@ -87,13 +89,16 @@ struct FusedLinearCrossEntropyFunction {
         ctx->needs_input_grad(0), ctx->needs_input_grad(1),
         ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)};
     const WeightGradientOptions weight = saved_weight_gradient(ctx, "weight");
+    const bool has_buffer = wanted[1] && weight.main_grad;
+    Tensor dummy;  // before main_grad is written
+    if (has_buffer) {
+      dummy =
+          dummy_of(*weight.main_grad, ctx->saved_data["dtype"].toScalarType(), weight.dummy_grad);
+    }
     HeadGradients out = ctx->saved_data["promised"].toBool()
                             ? promised(ctx, grads[0], wanted, weight)
                             : recomputed(ctx, grads[0], wanted, weight);
-    if (wanted[1] && weight.main_grad) {
-      out.weight =
-          dummy_of(*weight.main_grad, ctx->saved_data["dtype"].toScalarType(), weight.dummy_grad);
-    }
+    if (has_buffer) out.weight = dummy;
     const auto given = [&](int i, const Tensor& grad) { return wanted[i] ? grad : Tensor(); };
     return {given(0, out.x), given(1, out.weight), given(2, out.bias), Tensor(), Tensor()};
   }

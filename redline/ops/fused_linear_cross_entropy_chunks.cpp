@@ -214,7 +214,7 @@ Gradients backward(const Tensor& loss_grad, const Tensor& x, const Tensor& weigh
   const Tensor x_sum = is_sum ? empty_if(wanted[0], rows.x, at::kFloat) : x_rows;
   CrossEntropyUpstream gradient = upstream(head, statistics, loss_grad, count);
   gradient.targets = rows.targets;
-  const Tensor buffer = rows.buffer(rows.tokens, slice);  // the last that may fail for memory
+  const Tensor buffer = rows.buffer(rows.tokens, slice);
   for_chunks(rows.vocabulary, slice, [&](Range classes) {
     const Tensor logits = rows.logits(buffer, {0, rows.tokens}, classes);
     gradient.vocab_start = classes.begin;
@@ -223,15 +223,15 @@ Gradients backward(const Tensor& loss_grad, const Tensor& x, const Tensor& weigh
       gemm_out(
           {.a = logits, .b = part(weight, classes), .out = x_sum, .accumulate = classes.begin > 0});
     }
-    if (wanted[1]) {
+    if (wanted[2]) {
+      Tensor out = part(bias_grad, classes);
+      at::sum_out(out, logits, at::IntArrayRef{0});
+    }
+    if (wanted[1]) {  // last: the first slice has then taken what the others may want of memory
       gemm_out({.a = logits.t(),
                 .b = rows.x,
                 .out = part(main_grad.value_or(weight_grad), classes),
                 .accumulate = main_grad && accumulate});
-    }
-    if (wanted[2]) {
-      Tensor out = part(bias_grad, classes);
-      at::sum_out(out, logits, at::IntArrayRef{0});
     }
   });
   if (is_sum) x_rows.copy_(x_sum);

@@ -87,11 +87,13 @@ struct LinearFunction {
     const Tensor rows = rows_of(y_grad);
     Tensor x_grad, weight_grad, bias_grad;
     if (ctx->needs_input_grad(0)) x_grad = product_input_grad(y_grad, weight);
-    if (ctx->needs_input_grad(1)) {
-      weight_grad = product_weight_grad(rows, rows_of(x), saved_weight_gradient(ctx, "weight"));
-    }
     if (saved.size() > 2 && ctx->needs_input_grad(2)) {
       bias_grad = rows.sum(at::IntArrayRef{0});
+    }
+    if (ctx->needs_input_grad(1)) {
+      const WeightGrad product = {rows, rows_of(x), saved_weight_gradient(ctx, "weight")};
+      weight_grad = product.given();
+      product.write();
     }
     return {x_grad, weight_grad, bias_grad, Tensor()};
   }
@@ -200,20 +202,23 @@ Tensor product_input_grad(const Tensor& y_grad, const Tensor& weight) {
   return as_rows_of(y_grad, gemm(rows_of(y_grad), weight));
 }
 
-Tensor product_weight_grad(const Tensor& y_grad, const Tensor& x,
-                           const WeightGradientOptions& options) {
+Tensor WeightGrad::given() const {
+  if (!y_grad.defined() || options.delayed) return {};
+  if (!options.main_grad) return gemm(transposed(y_grad), x);
+  return dummy_of(*options.main_grad, x.scalar_type(), options.dummy_grad);
+}
+
+void WeightGrad::write() const {
+  if (!y_grad.defined()) return;
   if (options.delayed) {
     (*options.delayed)
         ->push({.x = x.detach(),
                 .y_grad = y_grad.detach(),
                 .main_grad = value(options.main_grad),
                 .accumulate = options.accumulate});
-    return {};
+  } else if (options.main_grad) {
+    linear_weight_grad_into(*options.main_grad, y_grad, x, options.accumulate);
   }
-  if (!options.main_grad) return gemm(transposed(y_grad), x);
-  const Tensor dummy = dummy_of(*options.main_grad, x.scalar_type(), options.dummy_grad);
-  linear_weight_grad_into(*options.main_grad, y_grad, x, options.accumulate);
-  return dummy;
 }
 
 Tensor dummy_of(const Tensor& main_grad, at::ScalarType dtype, const std::string& kind) {
@@ -262,13 +267,17 @@ void WeightGradientQueue::push(Entry entry) { entries_.push_back(std::move(entry
 std::optional<Tensor> WeightGradientQueue::pop() {
   TORCH_CHECK(!entries_.empty(),
               "WeightGradientQueue: pop: expected a gradient from a backward before, not none");
-  const Entry entry = std::move(entries_.front());
-  entries_.pop_front();
   const at::NoGradGuard no_grad;
   const c10::impl::ExcludeDispatchKeyGuard off(c10::autocast_dispatch_keyset);
-  if (!entry.main_grad.defined()) return gemm(entry.y_grad.t(), entry.x);
-  linear_weight_grad_into(entry.main_grad, entry.y_grad, entry.x, entry.accumulate);
-  return std::nullopt;
+  const Entry entry = entries_.front();
+  std::optional<Tensor> gradient;
+  if (entry.main_grad.defined()) {
+    linear_weight_grad_into(entry.main_grad, entry.y_grad, entry.x, entry.accumulate);
+  } else {
+    gradient = gemm(transposed(entry.y_grad), entry.x);
+  }
+  entries_.pop_front();  // not before: a product that failed for memory may be asked for again
+  return gradient;
 }
 
 int64_t WeightGradientQueue::size() const { return static_cast<int64_t>(entries_.size()); }

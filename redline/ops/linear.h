@@ -83,10 +83,17 @@ at::Tensor product(const at::Tensor& x, const at::Tensor& weight,
                    const std::optional<at::Tensor>& bias);
 // y_grad W: [..., in] of y_grad [..., out].
 at::Tensor product_input_grad(const at::Tensor& y_grad, const at::Tensor& weight);
-// y_grad^T x to where the options say, and what autograd is given for it; y_grad [rows, out],
-// x [rows, in]. The bias's gradient is a sum of its own (docs/gemm.md).
-at::Tensor product_weight_grad(const at::Tensor& y_grad, const at::Tensor& x,
-                               const WeightGradientOptions& options);
+// A weight's gradient, y_grad^T x, in two steps: what autograd is given, then, behind all else of
+// the node that may fail for memory (docs/memory.md), the write to where the options say. Nothing
+// where y_grad is undefined. The bias's gradient is a sum of its own (docs/gemm.md).
+struct WeightGrad {
+  at::Tensor y_grad, x;  // [rows, out], [rows, in]
+  WeightGradientOptions options;
+
+  at::Tensor given() const;
+  void write() const;
+  bool is_written() const { return y_grad.defined() && (options.main_grad || options.delayed); }
+};
 // What autograd is given for a weight of `dtype` whose gradient went into main_grad.
 at::Tensor dummy_of(const at::Tensor& main_grad, at::ScalarType dtype, const std::string& kind);
 

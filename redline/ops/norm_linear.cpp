@@ -85,9 +85,11 @@ struct NormLinearFunction {
     const NormPart::Gradients in =
         norm.backward(kept, normalized_grad, sum_grad, needs, multiplies && !normalized.defined());
     if (multiplies) {
-      weight_grad = product_weight_grad(rows_of(y_grad),
-                                        rows_of(normalized.defined() ? normalized : in.normalized),
-                                        saved_weight_gradient(ctx, "weight"));
+      const WeightGrad product = {rows_of(y_grad),
+                                  rows_of(normalized.defined() ? normalized : in.normalized),
+                                  saved_weight_gradient(ctx, "weight")};
+      weight_grad = product.given();
+      product.write();
     }
     return {in.x, in.residual, in.weight, in.bias, weight_grad, bias_grad, Tensor()};
   }

@@ -117,18 +117,23 @@ struct NormMlpFunction {
     return {y};
   }
 
+  static WeightGrad weight_grad(AutogradContext* ctx, const char* name, const Tensor& y_grad,
+                                const Tensor& x) {
+    return {rows_of(y_grad), rows_of(x), saved_weight_gradient(ctx, name)};
+  }
+
   // The normalised input's gradient, undefined where nothing before it wants one.
   struct Gradients {
-    Tensor normalized, fc1_weight, fc1_bias, fc2_weight, fc2_bias;
-    Tensor up;  // where fc1's weight has a gradient, which needs the normalised input too
+    Tensor normalized, fc1_bias, fc2_weight, fc2_bias;
+    Tensor up;       // where fc1's weight has a gradient, which needs the normalised input too
+    WeightGrad fc2;  // what is left to write
   };
 
   static Gradients products(AutogradContext* ctx, const Node& node, const variable_list& saved,
                             const Tensor& y_grad, const Needs& needs) {
     const Kept kept = Kept::from(saved);
     Gradients out;
-    const Tensor rows = rows_of(y_grad);
-    if (needs.fc2_bias) out.fc2_bias = rows.sum(at::IntArrayRef{0});
+    if (needs.fc2_bias) out.fc2_bias = rows_of(y_grad).sum(at::IntArrayRef{0});
     Tensor up_grad;
     {
       Tensor activated;
@@ -143,8 +148,9 @@ struct NormMlpFunction {
         activated = activate(kept.up, optional(kept.fc1_bias), node.activation);
       }
       if (needs.fc2_weight) {
-        out.fc2_weight =
-            product_weight_grad(rows, rows_of(activated), saved_weight_gradient(ctx, "fc2"));
+        const WeightGrad fc2 = weight_grad(ctx, "fc2", y_grad, activated);
+        out.fc2_weight = fc2.given();
+        if (fc2.is_written()) out.fc2 = fc2;  // otherwise the activation's output may go
       }
     }
     if (needs.norm.any()) out.normalized = product_input_grad(up_grad, kept.fc1_weight);
@@ -162,11 +168,13 @@ struct NormMlpFunction {
     const Tensor sum_grad = node.norm.has_residual() ? grads[1] : Tensor();
     const NormPart::Gradients in = node.norm.backward(NormKept::from(saved), out.normalized,
                                                       sum_grad, needs.norm, out.up.defined());
-    if (out.up.defined()) {
-      out.fc1_weight = product_weight_grad(rows_of(out.up), rows_of(in.normalized),
-                                           saved_weight_gradient(ctx, "fc1"));
-    }
-    return {in.x,         in.residual,    in.weight,    in.bias, out.fc1_weight,
+    out.normalized = Tensor();
+    WeightGrad fc1;
+    if (out.up.defined()) fc1 = weight_grad(ctx, "fc1", out.up, in.normalized);
+    const Tensor fc1_weight = fc1.given();
+    fc1.write();
+    out.fc2.write();
+    return {in.x,         in.residual,    in.weight,    in.bias, fc1_weight,
             out.fc1_bias, out.fc2_weight, out.fc2_bias, Tensor()};
   }
 };
