@@ -73,12 +73,20 @@ def test_refuses_the_cpu():
         redline.graphed(Linear(8, 4), (3,))
 
 
-@needs_gpu
 @pytest.mark.parametrize("option", ["accumulate_main_grad", "delay_weight_grad"])
 def test_refuses_gradients_that_leave_autograd(option):
-    layer = torch.nn.Sequential(Linear(8, 4, device="cuda", **{option: True}))
-    with pytest.raises(NotImplementedError, match=rf"graphed: 0\.{option}: expected False"):
-        redline.graphed(layer, torch.randn(6, 8, device="cuda"))
+    layer = Linear(8, 4, **{option: True})
+    for named, name in ((layer, "layer"), (torch.nn.Sequential(layer), "0")):
+        message = rf"graphed: {name}\.{option}: expected False, not True"
+        with pytest.raises(NotImplementedError, match=message):
+            redline.graphed(named, torch.randn(6, 8))
+
+
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_refuses_a_layer_that_computes_again(policy):
+    layer = TransformerLayer(16, 24, heads=2, recompute=policy)
+    with pytest.raises(NotImplementedError, match=f"recompute: expected none, not {policy}"):
+        redline.graphed(layer, torch.randn(1, 6, 16))
 
 
 @needs_gpu

@@ -18,10 +18,13 @@ def _check_sample(sample):
             raise ValueError(_refusal(what, "a tensor on a CUDA device", f"on {tensor.device}"))
 
 
-def _check_layer(layer):
+def _check_place(layer):
     for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
         if not tensor.is_cuda:
             raise ValueError(_refusal(name, "a tensor on a CUDA device", f"on {tensor.device}"))
+
+
+def _check_options(layer):
     for name, part in layer.named_modules():
         # The warm-up would add to the buffers, and a replay fills no queue.
         for option in ("accumulate_main_grad", "delay_weight_grad"):
@@ -45,8 +48,9 @@ def graphed(layer, sample, *, warmup=3):
     >>> layer = redline.graphed(layer, torch.randn(1, 512, 4096, device="cuda"))  # doctest: +SKIP
     """
     sample = (sample,) if isinstance(sample, torch.Tensor) else tuple(sample)
+    _check_options(layer)
     _check_sample(sample)
-    _check_layer(layer)
+    _check_place(layer)
     signature = [(tensor.shape, tensor.dtype, tensor.device) for tensor in sample]
     mode, own = layer.training, layer.forward
     layer = torch.cuda.make_graphed_callables(layer, sample, num_warmup_iters=warmup)
