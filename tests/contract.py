@@ -67,8 +67,22 @@ def same_bits(op, inputs):
         torch.set_num_threads(threads)
 
 
-def gradient_ignores_strides_and_neighbours(op, inputs, rows):
-    """The gradient of the first input: of strided tensors, and of single rows of the leading axis.
+def each_row_alone(op, inputs, per_row):
+    """Each row by itself has its bits of the batch: outputs and the gradients of the inputs
+    `per_row`, whose leading axis is rows."""
+    outputs, grads, upstreams = gradients(op, inputs)
+    for row in range(len(outputs[0])):
+        one = slice(row, row + 1)
+        alone = [x[one] if i in per_row else x for i, x in enumerate(inputs)]
+        ours = gradients(op, alone, [upstream[one] for upstream in upstreams])
+        equal_bits(ours[0], [output[one] for output in outputs])
+        whole = [None if grads[i] is None else grads[i][one] for i in per_row]
+        equal_bits([ours[1][i] for i in per_row], whole)
+
+
+def gradient_ignores_strides_and_neighbours(op, inputs, rows=None):
+    """The gradient of the first input: of strided tensors, and of single rows of the leading axis,
+    all but where `rows` says which.
 
     The inputs behind the first belong to every row.
     """
@@ -81,7 +95,7 @@ def gradient_ignores_strides_and_neighbours(op, inputs, rows):
 
     apart = gradient(strided(x), strided(upstream), *[strided(tensor) for tensor in rest])
     assert torch.equal(apart, expected)
-    for row in rows:
+    for row in rows or range(len(x)):
         one = slice(row, row + 1)
         assert torch.equal(gradient(x[one], upstream[one], *rest), expected[one]), f"row {row}"
 

@@ -105,13 +105,14 @@ def test_gelu_erf_of_every_value(dtype, device):
 def test_bits_do_not_depend_on_strides_threads_or_neighbours(dtype, device):
     x, bias = inputs((40, 999), dtype, device)
     contract.same_bits(ops.activation, [randn(300, 999, dtype=dtype, device=device), bias])
-    contract.gradient_ignores_strides_and_neighbours(ops.activation, [x, bias], (0, 17, 39))
+    contract.gradient_ignores_strides_and_neighbours(ops.activation, [x, bias])
     for extra in ((), (bias,)):
         y = ops.activation(x, *extra)
         assert torch.equal(ops.activation(strided(x), *extra), y)
         swapped = x.view(4, 10, 999).transpose(0, 1)
         assert torch.equal(ops.activation(swapped, *extra), y.view(4, 10, 999).transpose(0, 1))
-        assert torch.equal(ops.activation(x[17], *extra), y[17])
+        for row in range(40):
+            assert torch.equal(ops.activation(x[row], *extra), y[row])
 
 
 def test_gradcheck():

@@ -191,10 +191,11 @@ def test_plain_attention_runs_torchs_fused_kernel_without_a_mask(kv_heads, devic
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window": (8, 0)}])
-def test_same_bits(options, device):
+def test_same_bits(options, dtype, device):
     """On CUDA by request: torch's backward is not repeatable there."""
-    inputs = draw((2, 70, 70, 4, 2, 64), torch.bfloat16, device)
+    inputs = draw((2, 70, 70, 4, 2, 64), dtype, device)
     contract.same_bits(lambda *x: ops.attention(*x, **options, deterministic=True), inputs)
     out = ops.attention(*inputs, **options, deterministic=True)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]

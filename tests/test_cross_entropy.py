@@ -117,7 +117,7 @@ def test_bits_do_not_depend_on_strides_threads_or_neighbours(cols, dtype, device
     assert torch.equal(
         ours, torch.autograd.grad(ops.cross_entropy(other, targets, "none"), other, up)[0]
     )
-    for row in (0, 17, 39):
+    for row in range(40):
         assert torch.equal(ops.cross_entropy(logits[row], targets[row], "none"), loss[row])
         one = slice(row, row + 1)
         alone = logits[one].clone().requires_grad_()

@@ -92,7 +92,7 @@ def test_bits_do_not_depend_on_strides_threads_or_neighbours(cols, dtype, device
     for _ in range(20 if device == "cuda" else 1):
         again = call(logits, targets, "none", up=up, promise=up, z_loss=0.1)
         contract.equal_bits(again, expected)
-    for row in (0, 7, 11):
+    for row in range(12):
         one = slice(row, row + 1)
         alone = call(logits[one], targets[one], "none", up=up[one], promise=up[one], z_loss=0.1)
         contract.equal_bits(alone, [result[one] for result in expected])

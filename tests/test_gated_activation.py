@@ -147,12 +147,10 @@ def test_bits_do_not_depend_on_strides_threads_or_neighbours(dtype, device):
         many = inputs((300, 999), dtype, device)
         contract.same_bits(function, many)
         contract.same_bits(packed(kind, ()), many[:1])
-        contract.gradient_ignores_strides_and_neighbours(
-            packed(kind, ("bias",)), given[:2], (0, 17, 39)
-        )
+        contract.gradient_ignores_strides_and_neighbours(packed(kind, ("bias",)), given[:2])
         y = function(*given)
         assert torch.equal(function(strided(given[0]), *given[1:]), y)
-        for row in (0, 17, 39):
+        for row in range(40):
             alone = function(given[0][row], given[1], given[2][row])
             assert torch.equal(alone, y[row])
 
