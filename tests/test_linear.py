@@ -216,6 +216,9 @@ def test_refuses_other_dtypes(device):
         ops.linear(x, weight.bfloat16())
     with pytest.raises(RuntimeError, match="linear: x: expected a floating dtype, not Long"):
         ops.linear(x.long(), weight.long())
+    message = "linear: main_grad: expected a floating dtype, not Long"
+    with pytest.raises(RuntimeError, match=message):
+        ops.linear(x, weight, main_grad=weight.long())
 
 
 def test_autocast_is_the_stock_rule(device):
