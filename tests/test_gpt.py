@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import cases
 from layer_cases import FFN, GPTS, HEADS, HIDDEN, agree, seeded_gpt
@@ -30,6 +31,27 @@ def test_gpt_compiles(name, device):
         loss.backward()
         grads.append([loss.detach(), *(p.grad.clone() for p in gpt.parameters())])
     agree(*grads)
+
+
+def test_gpt_compiles_whole_and_again_once_per_dynamic_dim(device):
+    """Two batches, then two lengths: no graph break, and one more graph for each, at most."""
+    gpt, _ = seeded_gpt(GPTS["GPT"], device)
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def graphs_after(*sizes):
+        for batch, length in sizes:
+            tokens = torch.randint(31, (batch, length + 1), device=device)
+            compiled(tokens[:, :-1], tokens[:, 1:]).backward()
+        return counter.frame_count
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(gpt, backend=counter)
+    first = graphs_after((2, 8))
+    batches = graphs_after((3, 8), (5, 8), (4, 8))
+    lengths = graphs_after((4, 11), (3, 6), (5, 9))
+    assert first == 1 and batches <= 2 and lengths <= batches + 1
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_gpt_under_inductor(device):
