@@ -1,5 +1,6 @@
 """Shapes, dtypes and devices: SMALL finds the edges, MODEL is real sizes (tests and benches)."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,22 @@ def randn(*shape, dtype, device, scale=1.0, shift=0.0, seed=0):
     generator = torch.Generator().manual_seed(seed + sum(shape))
     data = torch.randn(shape, generator=generator) * scale + shift
     return data.to(device=device, dtype=dtype)
+
+
+# Rows that overflow, underflow or hold what is no number.
+EXTREME = ("equal", "one huge", "tiny", "large", "huge", "infinity", "-infinity", "nan", "zero")
+
+
+def extreme_rows(cols, dtype, device):
+    """A row of each of EXTREME."""
+    rows = randn(len(EXTREME), cols, dtype=torch.float32, device="cpu")
+    x = dict(zip(EXTREME, rows, strict=True))
+    x["equal"][:], x["one huge"][7], x["zero"][:] = 1.5, 1e18, 0.0
+    x["tiny"] *= 1e-30
+    x["large"] *= 1e18
+    x["huge"] *= 1e30
+    x["infinity"][3], x["-infinity"][3], x["nan"][9] = math.inf, -math.inf, math.nan
+    return rows.to(device=device, dtype=dtype)
 
 
 def strided(tensor):
