@@ -83,6 +83,15 @@ def test_forward_and_backward(options, size, dtype, device):
         inputs,
         lambda *qkv: reference.attention(qkv, excluded, scale, None, softcap),
     )
+    if softcap is None and not excluded.all(-1).any():
+        stock = torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in inputs),
+            attn_mask=~excluded.to(device),
+            scale=scale,
+            enable_gqa=True,
+        ).transpose(1, 2)
+        truth = reference.attention(wide(*inputs), excluded, scale).detach()
+        assert_close(outs[0].cpu(), truth, roundings=3, sums=16, stock=stock.cpu())
 
 
 @pytest.mark.parametrize("device", DEVICES)

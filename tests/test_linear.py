@@ -40,12 +40,14 @@ def test_forward_and_backward(case, dtype, with_bias, device):
     assert y.dtype == dtype
     truth = wide(*given)
     y64 = reference.linear(*truth)
-    # Sums of up to 130 products; the bias is added before the one rounding, or after it.
-    assert_close(y.cpu(), y64, dtype, roundings=2, sums=16)
     grads64 = torch.autograd.grad(y64, truth, upstream.cpu().double())
-    for what, grad, grad64 in zip(("x", "weight", "bias"), grads, grads64, strict=False):
+    (y_stock,), stock, _ = contract.gradients(torch.nn.functional.linear, given, [upstream])
+    # Sums of up to 130 products; the bias is added before the one rounding, or after it.
+    assert_close(y.cpu(), y64, dtype, roundings=2, sums=16, stock=y_stock.cpu())
+    for index, (grad, grad64, theirs) in enumerate(zip(grads, grads64, stock, strict=True)):
         assert grad.dtype == dtype
-        assert_close(grad.cpu(), grad64, dtype, sums=16, what=f"{what}_grad")
+        what = ("x_grad", "weight_grad", "bias_grad")[index]
+        assert_close(grad.cpu(), grad64, dtype, sums=16, stock=theirs.cpu(), what=what)
 
 
 @dtypes

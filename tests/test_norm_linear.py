@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import contract
 import reference
@@ -109,21 +110,27 @@ def test_bits_of_strided_inputs(norm, device):
 @dtypes
 @norms
 def test_against_float64(case, dtype, norm, device):
+    gains = NORMS.index(norm) + 1
+
+    def stock_op(x, _, *rest):
+        return F.linear(getattr(F, norm)(x, x.shape[-1:], *rest[:gains], eps=1e-5), *rest[2:])
+
     given = inputs(case, dtype, device, norm)
     (y,), grads, (upstream,) = contract.gradients(fused(norm), given)
     truth = wide(*given)
     x64, _, *parameters, weight64, bias64 = truth
-    normed = getattr(reference, norm)(x64, *parameters[: 1 if norm == "rms_norm" else 2])
+    normed = getattr(reference, norm)(x64, *parameters[:gains])
     y64 = reference.linear(normed, weight64, bias64)
+    (y_stock,), stock, _ = contract.gradients(stock_op, given, [upstream])
     # norm(x) is rounded, and then y, before or after its bias.
-    assert_close(y.cpu(), y64, dtype, roundings=3, sums=32)
+    assert_close(y.cpu(), y64, dtype, roundings=3, sums=32, stock=y_stock.cpu())
     if case[1] == 1:  # the gradient of x is zero but for rounding
         return
     leaves = [leaf for leaf in truth if leaf is not None]
     expected = torch.autograd.grad(y64, leaves, upstream.cpu().double())
-    for index, (grad, grad64) in enumerate(zip(grads, expected, strict=True)):
+    for index, (grad, grad64, theirs) in enumerate(zip(grads, expected, stock, strict=True)):
         assert grad.dtype == dtype
-        assert_close(grad.cpu(), grad64, dtype, roundings=4, sums=64, what=f"gradient {index}")
+        assert_close(grad.cpu(), grad64, roundings=4, sums=64, stock=theirs.cpu(), what=f"{index}")
 
 
 def test_float32_residual_under_bfloat16(device):
@@ -256,10 +263,8 @@ def test_main_grad(dummy, accumulate, device):
 
 def test_delayed_gradient(device):
     leaves = leaves_of(((16,), 24, 8), torch.float32, device)
-    queue, normed = (
-        ops.WeightGradientQueue(),
-        ops.rms_norm(leaves["x"], leaves["norm_weight"]).detach(),
-    )
+    queue = ops.WeightGradientQueue()
+    normed = ops.rms_norm(leaves["x"], leaves["norm_weight"]).detach()
     ops.norm_linear(**leaves_to(leaves), delayed=queue).sum().backward()
     assert leaves["weight"].grad is None and len(queue) == 1
     expected = torch.autograd.grad(ops.linear(normed, leaves["weight"]).sum(), leaves["weight"])[0]

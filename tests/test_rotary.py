@@ -1,5 +1,7 @@
 """rotary and qkv_rotary: against float64, in every layout, and what the laws ask."""
 
+import functools
+
 import pytest
 import torch
 
@@ -41,9 +43,9 @@ def by_layout(x, layout):
 
 
 def expected(x, tables, positions, interleaved, layout):
-    """The reference of x in a layout; positions: [batch, seq]."""
+    """The reference of x in a layout, or stock's own in x's dtype; positions: [batch, seq]."""
     rows = by_layout(positions, layout).flatten()
-    cos, sin = (table.cpu().double() for table in tables)
+    cos, sin = (table.cpu().to(x.dtype) for table in tables)
     return reference.rotary(x.flatten(0, -3), cos, sin, rows, interleaved).view(x.shape)
 
 
@@ -61,19 +63,19 @@ def test_forward_and_backward(layout, case, dtype, interleaved, device):
     cos, sin = tables(max(seq, 1) + 2, rotary_dim, device)
     cu_seqlens = boundaries(batch, seq, device) if layout == "thd" else None
 
-    def op(x):
-        return ops.rotary(
-            x, cos, sin, interleaved=interleaved, layout=layout, cu_seqlens=cu_seqlens
-        )
-
+    options = {"interleaved": interleaved, "layout": layout, "cu_seqlens": cu_seqlens}
+    op = functools.partial(ops.rotary, cos=cos, sin=sin, **options)
     (y,), (x_grad,), (upstream,) = contract.gradients(op, [x])
     (x64,) = wide(x)
     positions = torch.arange(seq).expand(batch, seq)
     y64 = expected(x64, (cos, sin), positions, interleaved, layout)
     (x64_grad,) = torch.autograd.grad(y64, [x64], upstream.cpu().double())
     assert y.dtype == dtype and y.is_contiguous()
-    assert_close(y.cpu(), y64, dtype, sums=2)
-    assert_close(x_grad.cpu(), x64_grad, dtype, sums=2, what="x_grad")
+    leaf = x.cpu().detach().requires_grad_()
+    stock = expected(leaf, (cos, sin), positions, interleaved, layout)
+    (stock_grad,) = torch.autograd.grad(stock, leaf, upstream.cpu())
+    assert_close(y.cpu(), y64, dtype, sums=2, stock=stock)
+    assert_close(x_grad.cpu(), x64_grad, dtype, sums=2, stock=stock_grad, what="x_grad")
 
 
 @pytest.mark.parametrize("index", [torch.int64, torch.int32], ids=["i64", "i32"])
