@@ -1,5 +1,5 @@
-// Optional outputs of a kernel that computes in float32, for a quantisation of y. Their place in the
-// argument structs is fixed. Norm's forward fills amax; each check refuses the others.
+// Optional outputs of a kernel that computes in float32, for a quantisation of y. Their place in
+// the argument structs is fixed. Norm's forward fills amax; each check refuses the others.
 #pragma once
 
 #include "redline/core/tensor_view.h"

@@ -339,7 +339,8 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
 
 const Registration registration({
     .public_ops = {"rms_norm", "layer_norm", "residual_rms_norm", "residual_layer_norm",
-                   "norm_with_amax", "bias_dropout_residual_rms_norm", "bias_dropout_residual_layer_norm"},
+                   "norm_with_amax", "bias_dropout_residual_rms_norm",
+                   "bias_dropout_residual_layer_norm"},
     .without_derivative = Public<without_derivative>::implement,
     .differentiable = Public<differentiable>::implement,
     .autocast_cuda = implement_autocast_cuda,

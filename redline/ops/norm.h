@@ -34,8 +34,8 @@ struct NormWithAmax {
   at::Tensor amax;  // the largest magnitude of each row of y, [...] float32 (float64 for float64)
 };
 
-// The same with amax out of the same pass: as y.abs().amax(-1), NaN where y has one, 0 for rows from
-// row_count on. It has no gradient. A tensor's own is amax.max().
+// The same with amax out of the same pass: as y.abs().amax(-1), NaN where y has one, 0 for rows
+// from row_count on. It has no gradient. A tensor's own is amax.max().
 NormWithAmax rms_norm_with_amax(const at::Tensor& x, const std::optional<at::Tensor>& residual,
                                 const std::optional<at::Tensor>& weight, double epsilon = 1e-5,
                                 bool zero_centered = false,

@@ -123,15 +123,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dropout_forward(
     const Tensor& x, const OptionalTensor& input_bias, const Tensor& residual,
     const OptionalTensor& weight, const OptionalTensor& bias, std::string_view norm, double epsilon,
     bool zero_centered, double probability) {
-  const NormOutputs out = run_norm_forward(x, {.norm = norm_from("bias_dropout_residual_norm", norm),
-                                               .residual = residual,
-                                               .weight = weight,
-                                               .bias = bias,
-                                               .row_count = {},
-                                               .epsilon = epsilon,
-                                               .zero_centered = zero_centered,
-                                               .input_bias = input_bias,
-                                               .dropout = probability});
+  const NormOutputs out =
+      run_norm_forward(x, {.norm = norm_from("bias_dropout_residual_norm", norm),
+                           .residual = residual,
+                           .weight = weight,
+                           .bias = bias,
+                           .row_count = {},
+                           .epsilon = epsilon,
+                           .zero_centered = zero_centered,
+                           .input_bias = input_bias,
+                           .dropout = probability});
   return {out.y, out.sum, out.mean, out.inverse_std,
           out.rng_state.defined() ? out.rng_state : no_state(x)};
 }
@@ -310,8 +311,9 @@ TORCH_LIBRARY_FRAGMENT(redline, m) {
 
 const Registration registration({
     .inner_ops = {"rms_norm_forward", "rms_norm_backward", "layer_norm_forward",
-                  "layer_norm_backward", "norm_forward_with_amax", "norm_rebuild", "norm_backward_rebuild",
-                  "bias_dropout_residual_norm_forward", "bias_dropout_residual_norm_backward"},
+                  "layer_norm_backward", "norm_forward_with_amax", "norm_rebuild",
+                  "norm_backward_rebuild", "bias_dropout_residual_norm_forward",
+                  "bias_dropout_residual_norm_backward"},
     .inner = implement,
 });
 

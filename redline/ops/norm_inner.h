@@ -17,7 +17,7 @@ struct NormInputs {
   bool zero_centered;
   // With a residual: residual + dropout(x + input_bias) is normalised.
   std::optional<at::Tensor> input_bias = {};
-  double dropout = 0;  // the probability; 0 where nothing is drawn
+  double dropout = 0;       // the probability; 0 where nothing is drawn
   bool wants_amax = false;  // without dropout and input bias
 };
 

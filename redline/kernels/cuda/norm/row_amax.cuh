@@ -1,3 +1,6 @@
+// Over budget: template parameters: all but the first two are deduced.
+// Over budget: parameters: a row's parts, each in registers; a struct of them would name nothing.
+//
 // The largest magnitude of each row of y, made while the row is in registers: what quantisation by
 // row or, of all rows, by tensor scales with. Magnitudes order as their bits do, NaN above all, so
 // whole numbers are compared, in any order with the same result.
@@ -55,7 +58,7 @@ __device__ __forceinline__ void store_amaxes(const Forward& args, const Group& g
   uint32_t largest[R];
 #pragma unroll
   for (int r = 0; r < R; ++r) {
-    largest[r] = found[r].template of_warp<Tile::lanes == 0 ? 32 : Tile::lanes>();
+    largest[r] = found[r].template of_warp < Tile::lanes == 0 ? 32 : Tile::lanes > ();
     if constexpr (Tile::lanes == 0) group.raise(largest[r], shared + r);
   }
   if constexpr (Tile::lanes == 0) group.sync();
