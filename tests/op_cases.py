@@ -48,6 +48,9 @@ def norms():
     return {
         "rms_norm": OpCase(ops.rms_norm, rms, (0,)),
         "layer_norm": OpCase(ops.layer_norm, layer, (0,)),
+        "layer_norm-amax": OpCase(
+            lambda *given: ops.layer_norm(*given, return_amax=True), layer, trained=False
+        ),
         "residual_rms_norm": OpCase(ops.residual_rms_norm, (MATRIX, *rms), (0, 1)),
         "residual_layer_norm": OpCase(ops.residual_layer_norm, (MATRIX, *layer), (0, 1)),
         "bias_dropout_residual_rms_norm": OpCase(

@@ -112,7 +112,7 @@ def test_bits_do_not_depend_on_strides_threads_or_neighbours(norm, device):
 
     expected = amax_of(x, *extra)
     assert torch.equal(amax_of(strided(x), *[strided(tensor) for tensor in extra]), expected)
-    for row in (0, 17, 599):
+    for row in range(600):
         assert torch.equal(amax_of(x[row], *extra), expected[row])
     contract.same_bits(lambda *args: getattr(ops, norm)(*args, return_amax=True)[0], [x, *extra])
 
