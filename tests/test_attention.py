@@ -84,8 +84,13 @@ def test_forward_and_backward(options, size, dtype, device):
         lambda *qkv: reference.attention(qkv, excluded, scale, None, softcap),
     )
     if softcap is None and not excluded.all(-1).any():
+        q, k, v = (x.transpose(1, 2) for x in inputs)
+        if device == "cuda" and dtype == torch.float32:  # as ops.attention: the same kernel
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         stock = torch.nn.functional.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in inputs),
+            q,
+            k,
+            v,
             attn_mask=~excluded.to(device),
             scale=scale,
             enable_gqa=True,
@@ -208,10 +213,11 @@ def test_same_bits(options, dtype, device):
     contract.same_bits(lambda *x: ops.attention(*x, **options, deterministic=True), inputs)
     out = ops.attention(*inputs, **options, deterministic=True)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
-    assert_close(ops.attention(*strided, **options), out.double(), roundings=4)
+    # Two ways to compute it, each within 3 roundings and sums of 16 of the truth.
+    assert_close(ops.attention(*strided, **options), out.double(), roundings=6, sums=32)
     packed = torch.cat([x.flatten(2) for x in inputs], -1).unflatten(-1, (8, 64))
     q, k, v = packed.split([4, 2, 2], 2)  # slices of one projection
-    assert_close(ops.attention(q, k, v, **options), out.double(), roundings=4)
+    assert_close(ops.attention(q, k, v, **options), out.double(), roundings=6, sums=32)
 
 
 @pytest.mark.parametrize("device", DEVICES)

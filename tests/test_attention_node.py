@@ -197,3 +197,14 @@ def test_a_subclass_and_a_functional_transform_are_torchs_composition():
     grad = torch.func.grad(lambda x: ops.attention(x, k, v, causal=True).sum())(q)
     q.requires_grad_()
     assert torch.equal(grad, torch.autograd.grad(ops.attention(q, k, v, causal=True).sum(), q)[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_inference_tensor_is_refused_in_torchs_words(device):
+    q, k, v = leaves(device, dtype=torch.float32)
+    with torch.inference_mode():
+        q = q.detach() * 1
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        ops.attention(q, k, v)
+    with torch.no_grad():
+        assert ops.attention(q, k, v).shape == q.shape

@@ -178,6 +178,21 @@ def test_gpt_with_a_fused_loss(mode, name, device):
 
 
 @fused
+def test_gpt_gives_each_tokens_loss_under_any_gradient(mode, device):
+    gpt, tokens = seeded_gpt(GPTS["GPT"], device)
+    found = []
+    for gpt.fused_loss in ("none", mode):
+        gpt.zero_grad()
+        losses = gpt(tokens[:, :-1], tokens[:, 1:], reduction="none")
+        (
+            losses * torch.arange(1.0, losses.numel() + 1, device=device).view_as(losses)
+        ).sum().backward()
+        found.append([losses.detach(), *(p.grad.clone() for p in gpt.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@fused
 def test_gpt_with_a_fused_loss_fills_main_grad(mode, device):
     gpt, tokens = seeded_gpt(functools.partial(GPTS["GPT"], fused_loss=mode), device)
     grads_of(gpt, tokens)

@@ -162,3 +162,41 @@ def test_a_delayed_gradient_that_fails_may_be_asked_for_again(into, dtype, devic
     assert failures or into
     assert len(queue) == 0
     equal_bits([gradient, ours], [expected, whole])
+
+
+class Fails:
+    """A queue whose next product runs out of memory; the one after is the queue's own."""
+
+    def __init__(self, layer, name):
+        self.layer, self.name, self.queue = layer, name, getattr(layer, name)
+        setattr(layer, name, self)
+
+    def __len__(self):
+        return len(self.queue)
+
+    def pop(self):
+        setattr(self.layer, self.name, self.queue)
+        raise torch.OutOfMemoryError("at a product")
+
+
+@pytest.mark.parametrize("failing", ["fc1_delayed", "delayed"])
+def test_a_pair_of_delayed_gradients_may_be_asked_for_again(failing, device):
+    """What one product of LayerNormMLP's pair lost to memory comes at the next call, once."""
+    layer = layers.LayerNormMLP(HIDDEN, FFN, delay_weight_grad=True, device=device)
+    x = randn(ROWS, HIDDEN, dtype=torch.float32, device=device)
+
+    def gradients(fails):
+        layer.fc1_weight.grad = layer.fc2_weight.grad = None
+        for scale in (1.0, 2.0):
+            (scale * layer(x).sum()).backward()
+        if fails:
+            Fails(layer, failing)
+            with pytest.raises(torch.OutOfMemoryError):
+                layer.backward_dw()
+        for _ in range(2):
+            layer.backward_dw()
+        return layer.fc1_weight.grad, layer.fc2_weight.grad
+
+    equal_bits(gradients(fails=True), gradients(fails=False))
+    with pytest.raises(RuntimeError, match="pop: expected a gradient"):
+        layer.backward_dw()

@@ -1,5 +1,6 @@
 """What a wrong input is told: one sentence that names the op, the tensor, expected and got."""
 
+import collections
 import re
 
 import pytest
@@ -173,3 +174,9 @@ def test_a_pre_activation_in_another_dtype_is_refused():
         op = "norm_mlp" if name == "norm_mlp" else "LayerNormMLP"
         assert refusal(make, kind=ValueError, **options) == f"{op}: {sentence}", name
         make(pre_activation_dtype=None)
+
+
+def test_the_optimizers_betas_may_be_any_sequence():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    kept = optim.AdamW([parameter], betas=collections.UserList([0.9, 0.95]))
+    assert list(kept.param_groups[0]["betas"]) == [0.9, 0.95]

@@ -8,7 +8,7 @@ redline.optim.clip_grad_norm(model.parameters(), 1.0, optimizer)
 optimizer.step()
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from numbers import Real
 from typing import Any
@@ -318,7 +318,7 @@ def _check_group(group: dict[str, Any]) -> None:
         if not (isinstance(value, Tensor) or value >= 0):
             raise ValueError(f"AdamW: {option}: expected 0 or more, not {value}")
     betas = group["betas"]
-    if not isinstance(betas, (tuple, list)):
+    if not isinstance(betas, Sequence) or isinstance(betas, str):
         raise TypeError(f"AdamW: betas: expected two numbers, not {betas!r}")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"AdamW: betas: expected two values of [0, 1), not {betas}")

@@ -1,5 +1,7 @@
 #include "redline/layers/mlp.h"
 
+#include <algorithm>
+
 #include "redline/layers/linear.h"
 #include "redline/ops/activation_part.h"
 
@@ -49,8 +51,10 @@ std::tuple<Tensor, Tensor> LayerNormMLPImpl::forward_residual(const Tensor& x,
 }
 
 void LayerNormMLPImpl::backward_dw() {
-  fc2_gradient.backward_dw(fc2_weight);
-  fc1_gradient.backward_dw(fc1_weight);
+  // Both wait in pairs. Where one product of a pair failed, the other is not done again.
+  const int64_t waiting = std::max(fc1_gradient.waiting(), fc2_gradient.waiting());
+  if (fc2_gradient.waiting() == waiting) fc2_gradient.backward_dw(fc2_weight);
+  if (fc1_gradient.waiting() == waiting) fc1_gradient.backward_dw(fc1_weight);
 }
 
 }  // namespace redline::layers

@@ -24,6 +24,8 @@ ops::WeightGradientOptions WeightGradient::destination(const char* layer, const 
   return options;
 }
 
+int64_t WeightGradient::waiting() const { return delayed_ ? delayed_->size() : 0; }
+
 void WeightGradient::backward_dw(Tensor weight) {
   if (!delayed_) return;
   const std::optional<Tensor> gradient = delayed_->pop();

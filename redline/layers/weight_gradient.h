@@ -26,6 +26,7 @@ class WeightGradient {
   // The oldest weight gradient that backward left, into main_grad or weight.grad(); nothing where
   // they are not delayed.
   void backward_dw(Tensor weight);
+  int64_t waiting() const;  // how many of them
 
   Tensor main_grad;        // [out, in], float32 or the weight's dtype: the caller's buffer
   bool overwrite = false;  // the backward of the next product writes over main_grad

@@ -190,7 +190,8 @@ Tensor compose(const Tensor& q, const Tensor& k, const Tensor& v, const PlainAtt
 
 Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const PlainAttention& options) {
   for (const Tensor* tensor : {&q, &k, &v}) {
-    if (!is_plain(*tensor) || has_tangent(*tensor)) return compose(q, k, v, options);
+    const bool kept = tensor->is_inference() && at::GradMode::is_enabled();  // torch refuses it
+    if (!is_plain(*tensor) || has_tangent(*tensor) || kept) return compose(q, k, v, options);
   }
   if (!is_unobserved()) return compose(q, k, v, options);
   const Heads heads = {swapped(q), swapped(k), swapped(v)};

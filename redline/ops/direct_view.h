@@ -4,6 +4,8 @@
 
 #include <ATen/ops/as_strided_native.h>
 
+#include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "redline/ops/torch.h"
@@ -44,7 +46,7 @@ inline at::Tensor swapped_directly(const at::Tensor& tensor, int64_t a, int64_t 
 
 // A contiguous tensor with other sizes.
 inline at::Tensor resized_directly(const at::Tensor& tensor, at::IntArrayRef sizes) {
-  std::vector<int64_t> strides(sizes.size());
+  std::vector<int64_t> strides(sizes.size());  // of a DimVector g++ 12 says it may be uninitialised
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) {
     strides[i] = stride;

@@ -27,8 +27,9 @@ class GPT(torch.nn.Module):
 
     fused_loss: the loss is ops.fused_linear_cross_entropy, which never holds all logits: "none"
     (off); "promise" computes its gradients in forward, for an upstream gradient of 1, and rescales
-    them for another; "recompute" computes the logits again in backward and keeps least. There is
-    then nothing for a hook on ``head`` to see, nor for its backward_dw(): both are errors.
+    them for another (not with reduction="none"); "recompute" computes the logits again in backward
+    and keeps least. There is then nothing for a hook on ``head`` to see, nor for its backward_dw():
+    both are errors.
 
     >>> GPT(8192, 256, 704, layers=2, heads=4)(torch.zeros(1, 16, dtype=torch.int64)).shape
     torch.Size([1, 16, 8192])
@@ -136,6 +137,8 @@ class GPT(torch.nn.Module):
                     )
             weight = self.head.weight
             options = self.head.destination(weight)
-        scale = 1.0 if self.fused_loss == "promise" else None
+        # Whoever asks for each token's loss reduces it in his own way: nothing is promised.
+        promised = self.fused_loss == "promise" and reduction != "none"
+        scale = 1.0 if promised else None
         options |= {"reduction": reduction, "loss_scale": scale}
         return ops.fused_linear_cross_entropy(x, weight, targets, **options)

@@ -90,5 +90,11 @@ class LayerNormMLP(WeightGradient, InputNorm):
     def backward_dw(self):
         """The oldest weight gradients that backward left, into main_grad or weight.grad."""
         if self.delay_weight_grad:
-            add_gradient(self.fc2_weight, self.delayed.pop())
-            add_gradient(self.fc1_weight, self.fc1_delayed.pop())
+            # Both wait in pairs. Where one product of a pair failed, the other is not done again.
+            waiting = max(len(self.delayed), len(self.fc1_delayed))
+            for weight, queue in (
+                (self.fc2_weight, self.delayed),
+                (self.fc1_weight, self.fc1_delayed),
+            ):
+                if len(queue) == waiting:
+                    add_gradient(weight, queue.pop())

@@ -55,7 +55,8 @@ inline void report_launch(Watcher& watcher, const void* kernel, const LaunchConf
 inline void launch_kernel(const void* kernel, const LaunchConfig& config, void** arguments) {
   if (config.grid.x == 0 || config.grid.y == 0 || config.grid.z == 0) return;
   if (Watcher* seen = watcher()) report_launch(*seen, kernel, config);
-  // 48 KiB go without asking; the kernel's static arrays count too, 16 KiB at most.
+  // 48 KiB go without asking; the kernel's static arrays count too, 16 KiB at
+  // most where there are others.
   if (config.shared_bytes > 32 * 1024) {
     check_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       config.shared_bytes),

@@ -240,6 +240,12 @@ __device__ __forceinline__ float largest_exponent(const Packed<T> (&held)[V], co
   }
 }
 
+// Up to here a score's product with the factor may stand unrounded beside the largest one's, which
+// is rounded: 2^-13 of an exponential. Of a score of 1e18 the difference would be 2^35, and its
+// exponential infinite; where both are rounded the largest one's is 1, and the next score of 16
+// bits lies so far below that the rounding is no more than that.
+inline constexpr float most_near = 2048.0f;
+
 // The exponentials of V vectors, below the thread's largest exponent; zeros where the row sees
 // nothing of a vector.
 template <typename T, int V, bool Aligned>
@@ -248,17 +254,24 @@ __device__ __forceinline__ Running exponentials(Packed<T> (&held)[V], const Row&
                                                 float (&out)[V][vector_size<T>]) {
   constexpr int N = vector_size<T>;
   Running running = {largest_exponent(held, row, at, factor), 0.0f};
-  const float origin = origin_of(running.maximum);
+  const auto fill = [&](auto power) {
 #pragma unroll
-  for (int v = 0; v < V; ++v) {
+    for (int v = 0; v < V; ++v) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) out[v][i] = 0.0f;
-    if (!row.touch(at.col + v * at.step, N)) continue;
+      for (int i = 0; i < N; ++i) out[v][i] = 0.0f;
+      if (!row.touch(at.col + v * at.step, N)) continue;
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      out[v][i] = Exponent<T>::power(element(held[v], i), factor, origin);
-      running.total += out[v][i];
+      for (int i = 0; i < N; ++i) {
+        out[v][i] = power(element(held[v], i));
+        running.total += out[v][i];
+      }
     }
+  };
+  const float origin = origin_of(running.maximum);
+  if (fabsf(origin) <= most_near) {
+    fill([&](float score) { return Exponent<T>::power(score, factor, origin); });
+  } else {
+    fill([&](float score) { return Exponent<T>::above(__fmul_rn(score, factor), origin); });
   }
   return running;
 }
