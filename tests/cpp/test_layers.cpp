@@ -251,22 +251,14 @@ variable_list product_of(const variable_list& in) { return {torch::mm(in[0], in[
 
 TEST(Layers, AWrongInputIsToldInWordsOfX) {
   Attention attention({.hidden_size = 8, .heads = 2, .rotary = {.max_positions = 8}});
-  EXPECT_EQ(refusal([&] {
-              attention->forward(torch::ones({2, 8}));
-            }),
+  EXPECT_EQ(refusal([&] { attention->forward(torch::ones({2, 8})); }),
             "Attention: x: expected [batch, sequence, hidden_size], not [2, 8]");
-  EXPECT_EQ(refusal([&] {
-              attention->forward(torch::ones({1, 9, 8}));
-            }),
+  EXPECT_EQ(refusal([&] { attention->forward(torch::ones({1, 9, 8})); }),
             "Attention: x: expected a sequence of at most 8, which is max_positions, not 9");
-  EXPECT_EQ(refusal([&] {
-              attention->forward(torch::ones({1, 2, 9}));
-            }),
+  EXPECT_EQ(refusal([&] { attention->forward(torch::ones({1, 2, 9})); }),
             "norm_linear: x: expected a last dimension of 8, not 9");
   const Packing packing{.cu_seqlens = torch::tensor({0, 2}, torch::kInt)};
-  EXPECT_EQ(refusal([&] {
-              attention->forward(torch::ones({1, 2, 8}), packing);
-            }),
+  EXPECT_EQ(refusal([&] { attention->forward(torch::ones({1, 2, 8}), packing); }),
             "Attention: x: expected [tokens, hidden_size] beside cu_seqlens, not [1, 2, 8]");
 }
 
