@@ -195,8 +195,9 @@ def test_a_refusal_to_stand_in_is_one_sentence(start, tmp_path):
 
 
 def test_it_works_under_torchrun(start, tmp_path):
-    program = "import os, sys, transformer_engine\nprint(os.environ['RANK'], sys.argv, flush=True)"
-    plant(tmp_path, "a.py", program)
+    # A line in one write: both ranks have the same pipe.
+    line = "os.write(1, f'{os.environ[\"RANK\"]} {sys.argv}\\n'.encode())"
+    plant(tmp_path, "a.py", f"import os, sys, transformer_engine\n{line}")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ran = start(*launch, "-m", "redline", "run", "a.py", "--lr", "1")
     assert ran.returncode == 0, ran.stderr
