@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(Threads) long_forward_kernel(const Forward arg
                                ? given_statistics<Layer>(args, row)
                                : long_statistics<Form, Threads>(args, row, in, first, stride, at);
   if (threadIdx.x == 0) store_statistics(args, row, found);
-  constexpr int W = Aligned ? V : 1;  // registers
+  constexpr int W = Aligned && !Form::amax ? V : 1;  // registers
   RowInput<T, typename Form::X, W> again;
   ScalingSource<Layer, T, 0> scaling;
   scaling.load(args, at(first));
