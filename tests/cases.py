@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 DEVICES = [
@@ -34,6 +35,15 @@ def randn(*shape, dtype, device, scale=1.0, shift=0.0, seed=0):
     data = torch.randn(shape, generator=generator) * scale + shift
     return data.to(device=device, dtype=dtype)
 
+
+STOCK_ACTIVATIONS = {
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_erf": F.gelu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": F.silu,
+    "relu": F.relu,
+    "squared_relu": lambda x: F.relu(x).square(),
+}
 
 # Rows that overflow, underflow or hold what is no number.
 EXTREME = ("equal", "one huge", "tiny", "large", "huge", "infinity", "-infinity", "nan", "zero")

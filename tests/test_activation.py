@@ -9,24 +9,16 @@ import torch.nn.functional as F
 import cases
 import contract
 import reference
-from cases import DEVICES, DTYPES, MODEL, SMALL, randn, strided, wide
+from cases import DEVICES, DTYPES, MODEL, SMALL, STOCK_ACTIVATIONS, randn, strided, wide
 from redline import ops
 from tolerance import assert_close
 
-STOCK = {
-    "gelu": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_erf": F.gelu,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "silu": F.silu,
-    "relu": F.relu,
-    "squared_relu": lambda x: F.relu(x).square(),
-}
 # Roundings of float32 arithmetic itself, where no wider type stands behind the result.
 SUMS = 4
 
 
 def stock(kind, x, bias=None):
-    return STOCK[kind](x if bias is None else x + bias)
+    return STOCK_ACTIVATIONS[kind](x if bias is None else x + bias)
 
 
 def inputs(case, dtype, device, bias=True, **options):
@@ -37,7 +29,7 @@ def inputs(case, dtype, device, bias=True, **options):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("kind", STOCK)
+@pytest.mark.parametrize("kind", STOCK_ACTIVATIONS)
 def test_forward_and_backward(kind, bias, dtype, device):
     for case in SMALL + MODEL[:1]:
         given = inputs(case, dtype, device, bias)
@@ -63,7 +55,7 @@ def test_forward_and_backward(kind, bias, dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", STOCK)
+@pytest.mark.parametrize("kind", STOCK_ACTIVATIONS)
 def test_mixed_dtypes_and_extremes(kind, device):
     """bf16 x with a float32 bias; zeros, large values, infinity and NaN pass through."""
     x = randn(6, 300, dtype=torch.bfloat16, device=device)
@@ -119,7 +111,7 @@ def test_gradcheck():
     torch.utils.deterministic.fill_uninitialized_memory = False
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    for kind in STOCK:
+    for kind in STOCK_ACTIVATIONS:
         assert torch.autograd.gradcheck(functools.partial(ops.activation, kind=kind), (x, bias))
 
 

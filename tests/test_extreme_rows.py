@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import contract
-from cases import DEVICES, EXTREME, extreme_rows, randn
+from cases import DEVICES, EXTREME, STOCK_ACTIVATIONS, extreme_rows, randn
 from redline import ops
 from tolerance import assert_close
 
@@ -78,14 +78,6 @@ def norms():
     }
 
 
-ACTIVATIONS = {
-    "gelu": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_erf": F.gelu,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "silu": F.silu,
-    "relu": F.relu,
-    "squared_relu": lambda x: F.relu(x).square(),
-}
 GATES = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "quick_geglu": "quick_gelu"}
 
 
@@ -100,21 +92,21 @@ def activations():
     def plain(kind):
         return Case(
             lambda x, bias: ops.activation(x, bias, kind),
-            lambda x, bias: ACTIVATIONS[kind](x + bias),
+            lambda x, bias: STOCK_ACTIVATIONS[kind](x + bias),
             ((COLS,),),
         )
 
     def gated(kind):
         def stock(x):
             gate, linear = x.chunk(2, -1)
-            return ACTIVATIONS[GATES[kind]](gate) * linear
+            return STOCK_ACTIVATIONS[GATES[kind]](gate) * linear
 
         return Case(
             lambda x: ops.gated_activation(x, kind=kind),
             clamped_swiglu if kind == "clamped_swiglu" else stock,
         )
 
-    cases = {f"activation-{kind}": plain(kind) for kind in ACTIVATIONS}
+    cases = {f"activation-{kind}": plain(kind) for kind in STOCK_ACTIVATIONS}
     return cases | {f"gated_activation-{kind}": gated(kind) for kind in (*GATES, "clamped_swiglu")}
 
 

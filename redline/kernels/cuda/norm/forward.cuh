@@ -296,18 +296,6 @@ void launch_forward(const Forward& args, Stream stream) {
          {.grid = dim3(args.rows), .block = dim3(1024), .stream = stream}, args);
 }
 
-template <typename T, bool Layer, template <typename, typename, bool, bool> typename FormOf>
-void choose_forward(const Forward& args, bool aligned, Stream stream) {
-  if (!aligned) return launch_forward<FormOf<T, float, Layer, false>>(args, stream);
-  if constexpr (sizeof(T) == 2) {
-    const Matrix& normalized = args.residual.data == nullptr ? args.x : args.sum;
-    if (!normalized.is_float32) {
-      return launch_forward<FormOf<T, T, Layer, true>>(args, stream);
-    }
-  }
-  launch_forward<FormOf<T, float, Layer, true>>(args, stream);
-}
-
 inline bool is_aligned(const NormForward& norm) {
   return are_aligned(name(norm.norm), {{"x", &norm.x},
                                        {"residual", &norm.residual},
@@ -328,14 +316,6 @@ inline Forward arguments(const NormForward& norm) {
           1.0f / static_cast<float>(norm.x.sizes[1]),
           norm.statistics_given,
           norm.quantized.amax.as<float>()};
-}
-
-template <typename Host, template <typename, typename, bool, bool> typename FormOf>
-void run_forms(const NormForward& norm, const Forward& args, Stream stream) {
-  const bool aligned = is_aligned(norm);
-  visit_bool(norm.norm == Norm::layer, [&]<bool Layer>() {
-    choose_forward<device_type<Host>, Layer, FormOf>(args, aligned, stream);
-  });
 }
 
 }  // namespace
