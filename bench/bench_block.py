@@ -34,13 +34,15 @@ TINY_LINEAR = (16, 64, 64)  # rows, in, out
 EPSILON = 1e-5
 
 
-def both(layer):
-    """Forward and backward of a layer: the gradients of its input and its weights."""
-    parameters = list(layer.parameters())
+def both(layer, parameters=None):
+    """Forward and backward of a layer: the gradients of its input and its weights. `parameters`:
+    of a function of x and these, in place of a layer's own."""
+    given = parameters or []
+    parameters = parameters or list(layer.parameters())
 
     def call(x, y_grad):
         x = x.detach().requires_grad_()
-        return torch.autograd.grad(layer(x), (x, *parameters), y_grad)
+        return torch.autograd.grad(layer(x, *given), (x, *parameters), y_grad)
 
     return call
 
@@ -230,6 +232,9 @@ def host(factory, names):
     ours.load_state_dict({"layer_norm_weight": norm.weight, "weight": plain.weight})
     calls = {"redline": both(ours), "eager": both(theirs)}
     calls |= {"compile": both(torch.compile(theirs, dynamic=False))}
+    parameters = [norm.weight, plain.weight]
+    others = rivals.calls("norm_linear", cols, out)
+    calls |= {name: both(forward, parameters) for name, forward in others.items()}
     calls |= {"node": node, "launches": launches(ours)}
     floor = ("node", "launches")
     yield Case("norm_linear host", "both", text, name, 1, make, calls, floor=floor, clock="host")

@@ -7,6 +7,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+import rivals
 from bench import Case
 from redline import ops
 from redline.dyno.measure import saved_bytes
@@ -53,6 +54,7 @@ def cases(device):
             "kept": lambda x, g, w: ops.norm_linear(x, g, None, w, keep_normalized=True),
             "eager": eager,
             "compile": torch.compile(eager, dynamic=False),
+            **rivals.calls("norm_linear", cols, out),
         }
         calls = {name: both(forward) for name, forward in forwards.items()}
         kept = {name: functools.partial(kept_by, f, make) for name, f in forwards.items()}

@@ -7,6 +7,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+import rivals
 from bench import Case
 from bench_norm_linear import both, kept_by
 from redline import ops
@@ -48,6 +49,7 @@ def cases(device):
             "redline": tuned,
             "eager": eager,
             "compile": torch.compile(eager, dynamic=False),
+            **rivals.calls("norm_mlp swiglu", cols, ffn),
         }
         calls = {name: both(forward) for name, forward in forwards.items()}
         kept = {name: functools.partial(kept_by, f, make) for name, f in forwards.items()}

@@ -211,6 +211,18 @@ def _():
     return lambda logits, targets: loss(logits, targets, inplace_backward=True)
 
 
+@maker("quack", "norm_mlp swiglu")
+def _(*_):
+    """Products with the activation in their epilogue, tuned at the first call; the norm apart."""
+    norm, mlp = quack("rmsnorm", "rmsnorm"), quack("mlp", "mlp_func")
+
+    def forward(x, norm_weight, fc1_weight, fc2_weight):
+        normalized = norm(x, norm_weight, eps=EPSILON)
+        return mlp(normalized, fc1_weight, fc2_weight, activation="swiglu", concat_layout=True)
+
+    return forward
+
+
 # --- Transformer Engine: its modules free what they kept, so their kernels are called -------------
 
 
@@ -281,10 +293,37 @@ def _():
     module = importlib.import_module("transformer_engine.pytorch.cross_entropy")
     loss = functools.partial(module.parallel_cross_entropy, reduce_loss=True)
 
-    def call(logits, targets):
-        return loss(logits[None], targets[None], overwrite_input=logits.requires_grad)
+    # Forward copies the logits unless backward may write over them.
+    return lambda logits, targets: loss(logits[None], targets[None], overwrite_input=True).view(())
 
-    return call
+
+@maker("te", "norm_linear")
+def _(cols, out):
+    return te_layer("LayerNormLinear", cols, out)
+
+
+@maker("te", "norm_mlp swiglu")
+def _(cols, ffn):
+    return te_layer("LayerNormMLP", cols, ffn, activation="swiglu")
+
+
+def te_layer(name, *sizes, **options):
+    """Forward of a layer without biases as a function of x and its parameters, in its order: they
+    take the place of its own, some 2 us of the host's time."""
+    module = importlib.import_module("transformer_engine.pytorch")
+    layer = getattr(module, name)(
+        *sizes, eps=EPSILON, bias=False, normalization="RMSNorm", params_dtype=torch.bfloat16,
+        **options,
+    )  # fmt: skip
+    names = [name for name, _ in layer.named_parameters()]
+
+    def forward(x, *parameters):
+        for name, parameter in zip(names, parameters, strict=True):
+            owner, _, last = name.rpartition(".")
+            layer.get_submodule(owner)._parameters[last] = parameter
+        return layer(x)
+
+    return forward
 
 
 # --- Apex: functions ------------------------------------------------------------------------------
