@@ -21,6 +21,7 @@ add_library(
   redline/ops/attention_plain.cpp
   redline/ops/cross_entropy_inner.cpp
   redline/ops/cross_entropy_promise.cpp
+  redline/ops/empty.cpp
   redline/ops/fused_linear_cross_entropy_chunks.cpp
   redline/ops/library.cpp
   redline/ops/log.cpp

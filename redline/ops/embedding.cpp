@@ -39,7 +39,7 @@ Tensor embedding_forward(const Tensor& tokens, const Tensor& weight) {
   check_devices("embedding", weight, {{"tokens", tokens}});
   c10::SymDimVector sizes(tokens.sym_sizes().begin(), tokens.sym_sizes().end());
   sizes.push_back(weight.sym_size(1));
-  Tensor y = at::empty_symint(sizes, weight.options());
+  Tensor y = empty_of(sizes, weight.options());
   if (weight.is_meta()) return y;
   const Tensor flat = contiguous("embedding", "tokens", tokens),
                weight_rows = with_rows("embedding", "weight", weight);
@@ -131,8 +131,7 @@ void sum_gradients(const Tensor& y_grad, const Tensor& tokens, const Tensor& wei
 Tensor backward(const Tensor& y_grad, const Tensor& tokens, c10::SymInt vocabulary,
                 std::optional<int64_t> padding_idx) {
   check_backward(y_grad, tokens);
-  Tensor weight_grad =
-      at::empty_symint({std::move(vocabulary), y_grad.sym_size(-1)}, y_grad.options());
+  Tensor weight_grad = empty_of({std::move(vocabulary), y_grad.sym_size(-1)}, y_grad.options());
   if (!y_grad.is_meta()) sum_gradients(y_grad, tokens, weight_grad, padding_idx, false);
   return weight_grad;
 }

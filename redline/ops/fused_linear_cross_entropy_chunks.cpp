@@ -115,7 +115,7 @@ struct Rows {
 
   // Room for the logits of so many tokens and classes, with rows of whole tiles.
   Tensor buffer(int64_t rows, int64_t classes) const {
-    return at::empty({rows, round_up(classes, tile)}, x.options());
+    return empty_of({rows, round_up(classes, tile)}, x.options());
   }
 
   // x W^T + bias of a part, in the buffer.
@@ -143,7 +143,7 @@ Tensor empty_statistics(const LossHead& head) {
 }
 
 Tensor empty_if(bool wanted, const Tensor& like, at::ScalarType dtype) {
-  return wanted ? at::empty_symint(like.sym_sizes(), like.options().dtype(dtype)) : no_output(like);
+  return wanted ? empty_contiguous(like, dtype) : no_output(like);
 }
 
 CrossEntropyUpstream upstream(const LossHead& head, const Tensor& statistics,

@@ -62,7 +62,7 @@ Tensor empty_output(const Tensor& x, const OptionalTensor& linear) {
   if (linear) return empty_contiguous(x);
   c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
   sizes.back() = sizes.back() / 2;
-  return at::empty_symint(sizes, x.options());
+  return empty_of(sizes, x.options());
 }
 
 struct Halves {

@@ -151,7 +151,7 @@ QueryKeyValue rotate_apart(const Tensor& qkv, const RotaryInputs& in) {
   sizes.push_back(head_dim);
   const auto make = [&](int64_t heads) {
     sizes[sizes.size() - 2] = heads;
-    return at::empty_symint(sizes, qkv.options());
+    return empty_of(sizes, qkv.options());
   };
   const Tensor q = make(in.packing.heads), k = make(in.packing.kv_heads),
                v = make(in.packing.kv_heads);
@@ -177,7 +177,7 @@ Tensor rotate_together(const QueryKeyValue& grads, const RotaryInputs& in) {
   const c10::SymInt head_dim = sizes.back();
   sizes.pop_back();
   sizes.back() = head_dim * (in.packing.kv_heads * in.packing.group_heads());
-  Tensor qkv_grad = at::empty_symint(sizes, q_grad.options());
+  Tensor qkv_grad = empty_of(sizes, q_grad.options());
   if (q_grad.is_meta()) return qkv_grad;
   const Tensor q = adjacent(in.op(), "q_grad", q_grad), k = adjacent(in.op(), "k_grad", k_grad),
                v = adjacent(in.op(), "v_grad", v_grad);

@@ -1,0 +1,66 @@
+"""On a CPU an output of 32 MB and more asks for large pages; a smaller one, whose memory glibc keeps,
+does not. Read from what the kernel says of the process' mappings."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from redline import ops
+
+SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+pytestmark = pytest.mark.skipif(
+    not SWITCH.exists() or not Path("/proc/self/smaps").exists(),
+    reason="this kernel has no transparent large pages, or does not tell of mappings",
+)
+LARGE = 2 << 20
+
+
+def flags_at(address):
+    """VmFlags of the mapping that holds an address: `hg` where large pages were asked for."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if bounds:
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError(f"no mapping holds {address:#x}")
+
+
+def outputs_of(cols):
+    """Of several ops, each by a way of its own to say the size: [4096, cols] float32 or less."""
+    x, weight = torch.randn(4096, cols), torch.ones(cols)
+    tokens = torch.zeros(4096, dtype=torch.long)
+    yield "rms_norm", ops.rms_norm(x, weight)
+    yield "activation", ops.activation(x, kind="silu")
+    yield "gated_activation", ops.gated_activation(torch.randn(4096, 2 * cols))
+    yield "softmax", ops.softmax(x.view(1, 1, 4096, cols))
+    yield "embedding", ops.embedding(tokens, torch.randn(8, cols))
+
+
+@pytest.mark.parametrize(("cols", "asked"), [(2112, True), (256, False)])
+def test_what_is_mapped_anew_asks_for_large_pages(cols, asked):
+    for name, y in outputs_of(cols):
+        whole = -(-y.data_ptr() // LARGE) * LARGE
+        assert ("hg" in flags_at(whole)) == asked, name
+
+
+def test_the_neighbours_pages_are_left_alone():
+    """Both ends of a tensor are seldom at a large page's."""
+    y = ops.activation(torch.randn(4096, 2112 + 1), kind="silu")
+    first, last = y.data_ptr(), y.data_ptr() + y.nbytes - 1
+    for address in (first, last):
+        if address // LARGE * LARGE < first or (address // LARGE + 1) * LARGE > last + 1:
+            assert "hg" not in flags_at(address)
+
+
+def test_an_op_without_memory_is_as_before():
+    with torch.device("meta"):
+        x = torch.empty(4096, 4096)
+    assert ops.activation(x, kind="silu").is_meta
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        assert ops.activation(torch.empty(4096, 4096), kind="silu").shape == (4096, 4096)
