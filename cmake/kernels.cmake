@@ -55,11 +55,12 @@ add_cpu_kernels(
 
 if(REDLINE_WITH_CUDA)
   # One file per op, or a folder of that name where one file outgrew 400 lines; sum_chunks is a
-  # launch that several end with.
+  # launch that several end with, capability asks what the code here was made for.
   set(REDLINE_CUDA_SOURCES
       activation
       adamw
       bias_dropout_add
+      capability
       cross_entropy/gradient
       cross_entropy/loss
       cross_entropy/predictions

@@ -3,8 +3,8 @@
 
 namespace redline {
 
-// `handle` is a cudaStream_t. `capability` is 90 for sm_90. `sm_margin` multiprocessors are left to
-// others (communication kernels, for one).
+// `handle` is a cudaStream_t. `capability` is 90 for sm_90, less where the code is made for less.
+// `sm_margin` multiprocessors are left to others (communication kernels, for one).
 struct Stream {
   void* handle = nullptr;
   int device = 0;

@@ -36,7 +36,7 @@ struct LaunchConfig {
   dim3 block;
   int shared_bytes = 0;
   int cluster = 1;                // blocks per cluster along x
-  bool overlap_previous = false;  // the kernel waits by cudaGridDependencySynchronize()
+  bool overlap_previous = false;  // from Hopper on; the kernel calls wait_for_previous_launch()
   Stream stream;
 };
 
@@ -74,7 +74,7 @@ inline void launch_kernel(const void* kernel, const LaunchConfig& config, void**
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {static_cast<unsigned>(config.cluster), 1, 1};
   }
-  if (config.overlap_previous) {
+  if (config.overlap_previous && config.stream.capability >= 90) {
     auto& attribute = attributes[launch_config.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;

@@ -60,7 +60,7 @@ void sum_chunks(ColumnSums first, ColumnSums second, Stream stream) {
       launch(sum_chunks_kernel<device_type<T>, device_type<U>>,
              {.grid = dim3(ceil_div(cols, 32), both ? 2 : 1),
               .block = dim3(32, 32),
-              .overlap_previous = stream.capability >= 90,
+              .overlap_previous = true,
               .stream = stream},
              ChunkSum<device_type<T>>{first.partial.as<const float>(),
                                       first.total.as<device_type<T>>()},

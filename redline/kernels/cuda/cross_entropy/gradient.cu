@@ -75,7 +75,7 @@ void run(const CrossEntropyGradient& args, Stream stream) {
             launch(gradient_kernel<T, threads, aligned>,
                    {.grid = row_grid(device.rows, std::min(pieces, wanted)),
                     .block = dim3(threads),
-                    .overlap_previous = stream.capability >= 90,
+                    .overlap_previous = true,
                     .stream = stream},
                    device);
           });

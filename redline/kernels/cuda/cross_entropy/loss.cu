@@ -100,7 +100,7 @@ void run(const CrossEntropyStatistics& args, Stream stream) {
 
 void run(const CrossEntropyLoss& args, Stream stream) {
   using namespace cuda;
-  const bool reduced = args.reduction != Reduction::none, overlaps = stream.capability >= 90;
+  const bool reduced = args.reduction != Reduction::none;
   const LossArgs device = {.statistics = args.statistics.as<const float>(),
                            .targets = args.targets.as<const int64_t>(),
                            .row_loss = args.row_loss.as<float>(),
@@ -121,14 +121,14 @@ void run(const CrossEntropyLoss& args, Stream stream) {
   launch(loss_kernel,
          {.grid = dim3(chunks),
           .block = dim3(loss_threads),
-          .overlap_previous = overlaps,
+          .overlap_previous = true,
           .stream = stream},
          device);
   if (!sums_chunks) return;
   launch(sum_losses_kernel,
          {.grid = dim3(1),
           .block = dim3(loss_threads),
-          .overlap_previous = overlaps,
+          .overlap_previous = true,
           .stream = stream},
          device.partial, chunks, device.total);
 }

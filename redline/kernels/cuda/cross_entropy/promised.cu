@@ -84,7 +84,7 @@ void run(const CrossEntropyCount& args, Stream stream) {
   launch(count_kernel,
          {.grid = dim3(1),
           .block = dim3(count_threads),
-          .overlap_previous = stream.capability >= 90,
+          .overlap_previous = true,
           .stream = stream},
          args.targets.as<const int64_t>(), static_cast<int>(args.targets.sizes[0]),
          args.ignore_index, args.count.as<float>());
@@ -101,7 +101,7 @@ void run(const CrossEntropyRescale& args, Stream stream) {
       launch(rescale_kernel<T, aligned>,
              {.grid = dim3(blocks),
               .block = dim3(most_threads),
-              .overlap_previous = stream.capability >= 90,
+              .overlap_previous = true,
               .stream = stream},
              Kept<T>{grad.as<T>(), grad.strides[0], grad.sizes[0], static_cast<int>(grad.sizes[1])},
              args.given.as<const float>(), args.promised.as<const float>());

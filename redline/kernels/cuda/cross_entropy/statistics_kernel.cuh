@@ -87,7 +87,7 @@ void launch_statistics(const CrossEntropyStatistics& args, Stream stream) {
                    launch(statistics_kernel<T, threads, aligned, Predict>,
                           {.grid = row_grid(device.rows),
                            .block = dim3(threads),
-                           .overlap_previous = stream.capability >= 90,
+                           .overlap_previous = true,
                            .stream = stream},
                           device);
                  });

@@ -266,13 +266,12 @@ void launch_sum(Backward args, Stream stream) {
   args.sum_blocks = ceil_div(args.count, places) * args.slices;
   args.zero_rows = zero_rows_of(args.hidden * int64_t{sizeof(Out)});
   const int64_t zero_blocks = Accumulate ? 0 : ceil_div(args.zero_end, args.zero_rows);
-  const bool overlaps = stream.capability >= 90;
   note_choice("rows of the vocabulary with tokens, each summed once in order of occurrence",
               zero_blocks > 0 ? "; blocks of their own write zeros for the others" : "");
   launch(sum_kernel<T, Out, V, Accumulate>,
          {.grid = dim3(args.sum_blocks + zero_blocks),
           .block = dim3(sum_threads),
-          .overlap_previous = overlaps && args.count > 0,
+          .overlap_previous = args.count > 0,
           .stream = stream},
          args);
   if (args.count <= chunk) return;
@@ -280,7 +279,7 @@ void launch_sum(Backward args, Stream stream) {
   launch(chunks_kernel<Out, V, Accumulate>,
          {.grid = dim3(ceil_div(args.count, chunk), args.slices),
           .block = dim3(sum_threads),
-          .overlap_previous = overlaps,
+          .overlap_previous = true,
           .stream = stream},
          args);
 }

@@ -61,7 +61,7 @@ void launch_forward(Forward args, Stream stream) {
   launch(forward_kernel<T, V>,
          {.grid = dim3(ceil_div(args.tokens.count, forward_threads / args.lanes)),
           .block = dim3(forward_threads),
-          .overlap_previous = stream.capability >= 90,
+          .overlap_previous = true,
           .stream = stream},
          args);
 }

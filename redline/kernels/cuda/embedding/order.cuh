@@ -252,7 +252,7 @@ void sort_by_runs(const EmbeddingBackward& args, Tokens tokens, const Ahead& ahe
          {.grid = dim3(ahead.blocks + runs * run_tokens / joined),
           .block = dim3(joined * join_parts),
           .shared_bytes = runs * run_tokens * 4,
-          .overlap_previous = stream.capability >= 90,
+          .overlap_previous = true,
           .stream = stream},
          tokens, runs, at, ahead);
 }

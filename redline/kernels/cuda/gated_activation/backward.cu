@@ -234,7 +234,7 @@ void launch_parts(const Op& op, Stream stream) {
   launch(parts_kernel<Op>,
          {.grid = dim3(ceil_div(op.extent.rows, row_block)),
           .block = dim3(row_block),
-          .overlap_previous = stream.capability >= 90,
+          .overlap_previous = true,
           .stream = stream},
          op, static_cast<int>(ceil_div(op.extent.vectors, 32)));
 }

@@ -190,7 +190,7 @@ void launch_lanes(const FewRows& args, Stream stream) {
   launch(few_rows_kernel<Form, Lanes>,
          {.grid = dim3(args.sum_blocks + ceil_div(args.rows, rows)),
           .block = dim3(threads),
-          .overlap_previous = stream.capability >= 90,
+          .overlap_previous = true,
           .stream = stream},
          args);
 }
