@@ -7,6 +7,7 @@
 #pragma once
 
 #include "redline/core/dispatch.h"
+#include "redline/kernels/cuda/device/dependent_launch.cuh"
 #include "redline/kernels/cuda/device/divisor.cuh"
 #include "redline/kernels/cuda/device/vector.cuh"
 #include "redline/kernels/cuda/launch.h"
@@ -124,6 +125,8 @@ constexpr int element_threads = 128;
 template <typename Op, bool Aligned>
 __global__ void __launch_bounds__(element_threads) element_kernel(const Op given) {
   constexpr int U = Op::in_flight;
+  wait_for_previous_launch();
+  allow_next_launch_of_many();
   const Extent& extent = given.extent;
   const int64_t total = extent.total;
   const int64_t first = int64_t{blockIdx.x} * (element_threads * U) + threadIdx.x;
@@ -153,6 +156,7 @@ void launch_elements(const Op& op, bool aligned, Stream stream) {
     launch(element_kernel<Op, Aligned>,
            {.grid = dim3(ceil_div(total, element_threads * Op::in_flight)),
             .block = dim3(element_threads),
+            .overlap_previous = true,
             .stream = stream},
            op);
   });

@@ -3,6 +3,7 @@
 // is read once, the heads' loads are in flight together. Memory is read once and written once.
 // Bound by bytes; of the floor: bench/results.
 #include "redline/core/dispatch.h"
+#include "redline/kernels/cuda/device/dependent_launch.cuh"
 #include "redline/kernels/cuda/device/divisor.cuh"
 #include "redline/kernels/cuda/device/vector.cuh"
 #include "redline/kernels/cuda/launch.h"
@@ -223,6 +224,8 @@ template <typename T, int V, bool Interleaved, Heading H>
 __global__ void __launch_bounds__(threads, H == Heading::pair ? pair_blocks_per_sm : 0)
     rotary_kernel(const Args args) {
   using Vector = Packed<T, V>;
+  wait_for_previous_launch();
+  allow_next_launch_of_many();
   const Split& split = args.split;
   const int chunk = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
   const int64_t index = int64_t{blockIdx.x} * blockDim.z + threadIdx.z;
@@ -293,6 +296,7 @@ void launch_rotary(Args args, Stream stream) {
   launch(rotary_kernel<T, V, Interleaved, H>,
          {.grid = dim3(ceil_div(args.tokens, split.block.z), ceil_div(split.chunks, split.block.x)),
           .block = split.block,
+          .overlap_previous = true,
           .stream = stream},
          args);
 }

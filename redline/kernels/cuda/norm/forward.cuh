@@ -93,6 +93,7 @@ __global__ void __launch_bounds__(Tile::most_threads, blocks_per_sm<Form, Tile>)
   extern __shared__ __align__(128) int4 row_memory[];  // of a cluster's
   __shared__ uint32_t block_amax[Form::amax && L == 0 ? R : 1];
   wait_for_previous_launch();
+  allow_next_launch_of_many();
   if constexpr (Form::amax && L == 0) {
     if (threadIdx.x < R) block_amax[threadIdx.x] = 0;
   }
@@ -227,7 +228,7 @@ void launch_tile(const typename Form::ForwardArgs& args, int threads, Stream str
           .block = dim3(threads),
           .shared_bytes = shared_bytes,
           .cluster = Tile::cluster,
-          .overlap_previous = stream.capability >= 90,
+          .overlap_previous = true,
           .stream = stream},
          args);
 }
