@@ -76,6 +76,9 @@ def told(words):
         return False
     name, *given = words
     command, expected, least = COMMANDS[name]
+    if {"-h", "--help"} & {*given}:
+        print(f"usage: bench.py {name} {expected}")
+        return True
     if not least <= len(given) <= len(expected.split()):
         refuse(f"{name} takes {expected}, not {' '.join(given) or 'nothing'}")
     command(*given)

@@ -52,7 +52,8 @@ def test_what_cannot_be_done_is_one_sentence(words, sentence, tmp_path, monkeypa
 
 def test_the_commands_over_files_do_what_they_say(tmp_path, monkeypatch, capsys):
     source = tmp_path / "gpu.json"
-    source.write_text(json.dumps(result_of(row_of(name="rms_norm", shape="16384 x 4096"))))
+    result = result_of(row_of(name="rms_norm", shape="16384 x 4096")) | {"driver": "580"}
+    source.write_text(json.dumps(result))
     for words in (("targets", source), ("compare", source, source), ("markdown", source)):
         assert arguments.told([*map(str, words)])
     said = capsys.readouterr().out
@@ -60,6 +61,8 @@ def test_the_commands_over_files_do_what_they_say(tmp_path, monkeypatch, capsys)
     assert "1 same" in said
     assert source.with_suffix(".md").read_text().startswith("# GPU\n")
     assert not arguments.told(["norm"])
+    assert arguments.told(["markdown", str(source), "--help"])
+    assert capsys.readouterr().out == "usage: bench.py markdown RESULT.json [TABLE.md]\n"
 
 
 def test_help_lists_ops_alone(capsys):
