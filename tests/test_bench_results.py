@@ -28,7 +28,7 @@ def row_of(name, shape, direction="fwd", **fields):
 
 
 def result_of(*rows):
-    return test_bench.result_of(*rows) | {"copy_gb_s": 3000.0}
+    return test_bench.result_of(*rows) | {"copy_gb_s": 3000.0, "driver": "580"}
 
 
 # --- targets --------------------------------------------------------------------------------------
@@ -79,29 +79,43 @@ def test_memory_is_judged_in_bytes():
 
 
 def test_every_target_names_rows_that_are_timed(monkeypatch):
-    """Names and directions, by the cases of a CPU; sizes are a GPU's, and its results have them."""
+    """A GPU's names and directions, by the cases of a CPU; its sizes its results have. A CPU's
+    rows as they are."""
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)
     timed = set()
     for path in (root / "bench").glob("bench_*.py"):
         module = importlib.import_module(path.stem)
-        timed |= {(case.name, case.direction) for case in module.cases("cpu")}
-    timed.add(("block graphed", "both"))
-    for target in (target for table in targets.TABLES.values() for target in table):
-        assert {cell[:2] for cell in target.cells()} <= timed, target.what
+        cases = module.cases("cpu")
+        timed |= {(case.name, case.direction, case.shape, case.dtype) for case in cases}
+    named = {row[:2] for row in timed} | {("block graphed", "both")}
+    for target in every_target(targets.TABLES):
+        assert {cell[:2] for cell in target.cells()} <= named, target.what
         assert target.measure in (
             *("redline", "kept", "kept MB", "peak", "empty"),
             *(*rivals.NAMES, *rivals.PARTS),
         )
+    for target in every_target(targets.CPU_TABLES):
+        assert {*target.cells()} <= timed, target.what
+
+
+def every_target(tables):
+    return [target for table in tables.values() for target in table]
 
 
 def test_the_tables_of_targets_have_their_sizes():
     h100 = json.loads((root / "bench/results/nvidia_h100.json").read_text())
     rows = {tuple(r[k] for k in ("name", "direction", "shape", "dtype")) for r in h100["rows"]}
-    cells = [cell for table in targets.TABLES.values() for t in table for cell in t.cells()]
-    assert {*cells} <= rows
-    assert len({(t, c) for table in targets.TABLES.values() for t in table for c in t.cells()}) == (
-        len(cells)
-    )
+    assert {cell for target in every_target(targets.TABLES) for cell in target.cells()} <= rows
+    for tables in (targets.TABLES, targets.CPU_TABLES):
+        cells = [(t, cell) for t in every_target(tables) for cell in t.cells()]
+        assert len({*cells}) == len(cells)
+
+
+def test_a_cpu_has_targets_of_its_own():
+    row = row_of("rms_norm", "4096 x 1024", dtype="f32", rivals={"eager": 14.0, "compile": 10.0})
+    (table,) = targets.verdicts(result_of(row) | {"driver": ""}).values()
+    found = {v.target.measure: v.word for v in table if v.value is not None}
+    assert found == {"eager": "short", "compile": "met"}
 
 
 # --- reasons --------------------------------------------------------------------------------------
