@@ -1,5 +1,5 @@
-"""On a CPU an output of 32 MB and more asks for large pages; a smaller one, whose memory glibc keeps,
-does not. Read from what the kernel says of the process' mappings."""
+"""On a CPU an output of 32 MB and more asks for large pages; a smaller one, whose memory glibc
+keeps, does not. Read from what the kernel says of the process' mappings."""
 
 import os
 import re
@@ -61,7 +61,8 @@ def test_the_neighbours_pages_are_left_alone():
 
 def test_a_variable_of_the_environment_leaves_it_off():
     """Read once, so by a process of its own."""
-    code = "import test_fresh_pages as t; t.test_what_is_mapped_anew_asks_for_large_pages(2112, False)"
+    test = "test_what_is_mapped_anew_asks_for_large_pages(2112, False)"
+    code = f"import test_fresh_pages; test_fresh_pages.{test}"
     path = f"{Path(__file__).parent}{os.pathsep}{os.pathsep.join(sys.path)}"
     env = os.environ | {"REDLINE_LARGE_PAGES": "0", "PYTHONPATH": path}
     subprocess.run([sys.executable, "-c", code], check=True, env=env)
