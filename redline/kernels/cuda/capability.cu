@@ -1,8 +1,7 @@
-#include "redline/kernels/cuda/capability.h"
-
 #include <array>
 #include <atomic>
 
+#include "redline/kernels/cuda/capability.h"
 #include "redline/kernels/cuda/launch.h"
 
 namespace redline::cuda {

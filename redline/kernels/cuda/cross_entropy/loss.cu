@@ -126,10 +126,7 @@ void run(const CrossEntropyLoss& args, Stream stream) {
          device);
   if (!sums_chunks) return;
   launch(sum_losses_kernel,
-         {.grid = dim3(1),
-          .block = dim3(loss_threads),
-          .overlap_previous = true,
-          .stream = stream},
+         {.grid = dim3(1), .block = dim3(loss_threads), .overlap_previous = true, .stream = stream},
          device.partial, chunks, device.total);
 }
 

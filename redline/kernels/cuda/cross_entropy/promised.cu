@@ -81,13 +81,11 @@ void run(const CrossEntropyPromise& args, Stream stream) {
 void run(const CrossEntropyCount& args, Stream stream) {
   using namespace cuda;
   note_choice("one block counts what a mean divides by");
-  launch(count_kernel,
-         {.grid = dim3(1),
-          .block = dim3(count_threads),
-          .overlap_previous = true,
-          .stream = stream},
-         args.targets.as<const int64_t>(), static_cast<int>(args.targets.sizes[0]),
-         args.ignore_index, args.count.as<float>());
+  launch(
+      count_kernel,
+      {.grid = dim3(1), .block = dim3(count_threads), .overlap_previous = true, .stream = stream},
+      args.targets.as<const int64_t>(), static_cast<int>(args.targets.sizes[0]), args.ignore_index,
+      args.count.as<float>());
 }
 
 void run(const CrossEntropyRescale& args, Stream stream) {
