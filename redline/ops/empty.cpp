@@ -4,9 +4,6 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
-
-#include <cstdlib>
-#include <string_view>
 #endif
 
 namespace redline::ops {
@@ -19,19 +16,10 @@ namespace {
 constexpr size_t mapped_bytes = size_t{32} << 20;
 constexpr uintptr_t large_page = uintptr_t{2} << 20;
 
-bool wants_large_pages() {
-  static const bool wants = [] {
-    const char* said = std::getenv("REDLINE_LARGE_PAGES");
-    return said == nullptr || std::string_view(said) != "0";
-  }();
-  return wants;
-}
-
 // Whole large pages alone, so that the neighbours' are left as they are. A kernel without them, or
 // told "never", says so, and nothing is lost.
 void ask_for_large_pages(const at::Tensor& fresh) {
   if (at::isTensorSubclassLike(fresh) || fresh.nbytes() < mapped_bytes) return;
-  if (!wants_large_pages()) return;
   const auto begin = reinterpret_cast<uintptr_t>(fresh.const_data_ptr());
   const uintptr_t first = (begin + large_page - 1) / large_page * large_page;
   const uintptr_t end = (begin + fresh.nbytes()) / large_page * large_page;

@@ -6,8 +6,7 @@
 namespace redline::ops {
 
 // Unwritten and contiguous, as at::empty_symint. On a CPU its pages are asked to be large ones
-// where it is so large that its memory is mapped anew each time, unless REDLINE_LARGE_PAGES=0 was
-// set when the first was made: docs/cpu.md#fresh-pages.
+// where it is so large that its memory is mapped anew each time: docs/cpu.md#fresh-pages.
 at::Tensor empty_of(c10::SymIntArrayRef sizes, const at::TensorOptions& options);
 
 // The same of like's sizes: at::empty_like takes 0.2 us more to find them out.
