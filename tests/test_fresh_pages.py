@@ -41,7 +41,10 @@ def outputs_of(cols):
     yield "embedding", ops.embedding(tokens, torch.randn(8, cols))
 
 
-@pytest.mark.parametrize(("cols", "asked"), [(2112, True), (2048, True), (2047, False), (256, False)])
+SIZES = [(2112, True), (2048, True), (2047, False), (256, False)]
+
+
+@pytest.mark.parametrize(("cols", "asked"), SIZES)
 def test_what_is_mapped_anew_asks_for_large_pages(cols, asked):
     for name, y in outputs_of(cols):
         whole = -(-y.data_ptr() // LARGE) * LARGE  # the first large page that is its own

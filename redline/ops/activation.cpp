@@ -58,7 +58,7 @@ BackwardOutputs backward(const Tensor& y_grad, const Tensor& x, const OptionalTe
   const Activation activation = activation_from(kind);
   Tensor x_grad = empty_contiguous(x);
   Tensor bias_grad = empty_gradient(op_name, "bias", bias, needs.bias);
-  const Tensor y = needs.y ? at::empty_like(x_grad) : Tensor();
+  const Tensor y = needs.y ? empty_contiguous(x_grad) : Tensor();
   if (x.is_meta()) return {x_grad, bias_grad, y};
   const Tensor x_rows = with_rows(op_name, "x", x),
                y_grad_rows = with_rows(op_name, "y_grad", y_grad);

@@ -16,8 +16,8 @@ Stream stream_of(const at::Tensor& tensor) {
   return {.handle = at::cuda::getCurrentCUDAStream(index).stream(),
           .device = static_cast<int>(index),
           .sm_count = properties->multiProcessorCount,
-          .capability = cuda::usable_capability(static_cast<int>(index),
-                                                properties->major * 10 + properties->minor)};
+          .capability = cuda::capability_on(static_cast<int>(index),
+                                            properties->major * 10 + properties->minor)};
 #else
   TORCH_CHECK(false, "redline: this build has no CUDA kernels, and a tensor is on ",
               tensor.device(), "; build on a machine with the CUDA toolkit (redline doctor)");

@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include "redline/core/dtype.h"
+#include "redline/kernels/cuda/capability.h"
 
 namespace redline {
 namespace {
@@ -12,6 +13,11 @@ static_assert(dtype_of<bfloat16> == DType::bfloat16);
 static_assert(dtype_of<int64_t> == DType::int64);
 static_assert(dtype_of<int32_t> == DType::int32);
 static_assert(dtype_of<bool> == DType::boolean);
+
+// What a device may be asked for, by what the code there was made from.
+static_assert(cuda::usable_capability(80, 80) == 80 && cuda::usable_capability(86, 80) == 86);
+static_assert(cuda::usable_capability(90, 90) == 90 && cuda::usable_capability(120, 90) == 120);
+static_assert(cuda::usable_capability(90, 80) == 89 && cuda::usable_capability(100, 86) == 89);
 
 static_assert(sizeof(float16) == 2 && sizeof(bfloat16) == 2);
 static_assert(element_bytes(DType::float64) == 8 && element_bytes(DType::int64) == 8);

@@ -9,22 +9,27 @@ namespace {
 
 __global__ void probe_kernel() {}
 
-// Of the PTX that this file's machine code was made from; of the current device.
-int code_capability() {
+// Of the PTX that this file's machine code for a device was made from.
+int code_capability(int device) {
+  int current = 0;
+  check_status(cudaGetDevice(&current), "cudaGetDevice");
+  if (device != current) check_status(cudaSetDevice(device), "cudaSetDevice");
   cudaFuncAttributes attributes;
-  check_status(cudaFuncGetAttributes(&attributes, probe_kernel), "cudaFuncGetAttributes");
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, probe_kernel);
+  if (device != current) check_status(cudaSetDevice(current), "cudaSetDevice");
+  check_status(status, "cudaFuncGetAttributes");
   return attributes.ptxVersion;
 }
 
 }  // namespace
 
-int usable_capability(int device, int capability) {
-  if (capability < 90) return capability;
+int capability_on(int device, int device_capability) {
+  if (device_capability < 90) return device_capability;
   static std::array<std::atomic<int>, 64> found = {};  // by device; the question takes microseconds
   std::atomic<int>* known = device < 64 ? &found[device] : nullptr;
   int usable = known != nullptr ? known->load(std::memory_order_relaxed) : 0;
   if (usable == 0) {
-    usable = code_capability() < 90 ? 89 : capability;
+    usable = usable_capability(device_capability, code_capability(device));
     if (known != nullptr) known->store(usable, std::memory_order_relaxed);
   }
   return usable;

@@ -142,21 +142,21 @@ uint32_t row_bytes(const Matrix& of) {
 
 // All of a block's threads at once ask for more than memory gives at its best (H100, bfloat16, of a
 // copy, with all groups and with these, rms and layer: 131072 x 512 0.89, 0.96 and 0.91, 0.92;
-// 65536 x 1024 0.90, 0.96 and 0.92, 0.94; 32768 x 2048 0.90, 0.95 and 0.92, 0.90).
+// 65536 x 1024 0.90, 0.96 and 0.92, 0.94; 32768 x 2048 0.90, 0.95 and 0.92, 0.90, so not there). A
+// group takes rows in turn: where these are few, one turn more costs more than that.
 template <typename Form>
-int groups_of(const Plan& plan, bool has_sum_grad) {
+int groups_of(const Plan& plan, int64_t rows, int64_t chunks) {
   const bool takes_all = plan.groups * plan.threads == most_threads;
-  const bool faster = plan.groups > 4 || !Form::layer || has_sum_grad;
-  if (plan.sharing != Sharing::block || plan.groups < 4 || !takes_all || !faster) {
-    return plan.groups;
-  }
+  const bool faster = plan.groups > 4 || (plan.groups == 4 && !Form::layer);
+  const bool has_turns = rows >= 16 * chunks * plan.groups;
+  if (plan.sharing != Sharing::block || !takes_all || !faster || !has_turns) return plan.groups;
   return plan.groups - static_cast<int>(ceil_div(plan.groups, 8));
 }
 
 // Where a block has so few threads that they wait for a row's statistics (H100, of a copy: 16384 x
-// 5120 rms 0.92 -> 0.95, layer 0.86 -> 0.94; layer x 6144 0.92 -> 0.95). With more it is slower,
-// 16384 x 4096 by 0.03 and 0.09, and by 0.02 for rms with the residual's gradient. Only for the
-// forms that were measured: compile time.
+// 5120 rms 0.92 -> 0.95, layer 0.86 -> 0.94; layer x 6144 and, of two groups, 32768 x 3072 0.92 ->
+// 0.95). With more it is slower, 16384 x 4096 by 0.03 and 0.09, and by 0.02 for rms with the
+// residual's gradient. Only for the forms that were measured: compile time.
 template <typename Form>
 constexpr bool has_early = Form::aligned && sizeof(typename Form::T) == sizeof(typename Form::X) &&
                            std::is_same_v<typename Form::BackwardArgs, Backward>;
@@ -176,7 +176,7 @@ bool launch_tile(typename Form::BackwardArgs args, const Plan& plan, Stream stre
   constexpr int table = WeightTable<typename Form::T>::bytes;
   const int limit = (shared_kib(stream.capability) - 2) * 1024;  // without the block's arrays
   const bool has_sum_grad = args.sum_grad.data != nullptr;
-  const int groups = groups_of<Form>(plan, has_sum_grad);
+  const int groups = groups_of<Form>(plan, args.rows, args.chunks);
   layout = {.threads = plan.threads,
             .groups = groups,
             .slots = 2,
