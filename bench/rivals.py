@@ -309,7 +309,7 @@ def _(cols, ffn):
 
 def te_layer(name, *sizes, **options):
     """Forward of a layer without biases as a function of x and its parameters, in its order: they
-    take the place of its own, some 2 us of the host's time."""
+    take the place of its own, which is part of the host's time."""
     module = importlib.import_module("transformer_engine.pytorch")
     layer = getattr(module, name)(
         *sizes, eps=EPSILON, bias=False, normalization="RMSNorm", params_dtype=torch.bfloat16,
