@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import strided
@@ -118,13 +119,13 @@ def seen_calls(names):
 
 
 def passes_opcheck(op, args, kwargs=None, inner=False):
-    """torch.library.opcheck: schema, registration, fake tensors, AOT dispatch, dynamic shapes."""
+    """torch's opcheck: schema, registration, fake tensors, AOT dispatch, dynamic shapes."""
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     if not inner:
         tests += ("test_aot_dispatch_dynamic",)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.library.opcheck(op, args, kwargs or {}, test_utils=tests)
+        library.opcheck(op, args, kwargs or {}, test_utils=tests)
 
 
 def longer(inputs):
